@@ -1,0 +1,62 @@
+// Masks as bits: element i is bit i % 8 of byte i / 8, least significant first, in memory order.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "fastshape/philox.h"
+
+namespace fastshape {
+
+FASTSHAPE_FUNCTION constexpr int64_t bytes_for(int64_t elements) {
+  return elements / 8 + (elements % 8 != 0);
+}
+
+// The last byte of n elements holds n % 8 of them; its other bits are zero.
+FASTSHAPE_FUNCTION uint8_t tail_bits(int64_t elements_left) {
+  return elements_left >= 8 ? uint8_t{0xFF} : static_cast<uint8_t>((1u << elements_left) - 1u);
+}
+
+// A 16-bit draw is kept iff it is >= this. 0 keeps all, 65536 keeps none. Ties round to even, as Python's round().
+inline uint32_t drop_threshold(double p_zero) {
+  return static_cast<uint32_t>(std::nearbyint(p_zero * 65536.0));
+}
+
+enum class MaskSource { kNone, kRandom, kBits };
+
+// Where M comes from. kNone: all ones. kRandom: (seed, offset, threshold). kBits: packed bits.
+struct Mask {
+  MaskSource source = MaskSource::kNone;
+  const uint8_t* bits = nullptr;
+  uint64_t seed = 0;
+  uint64_t offset = 0;
+  uint32_t threshold = 0;
+
+  static Mask random(uint64_t seed, uint64_t offset, double p_zero) {
+    const uint32_t threshold = drop_threshold(p_zero);
+    // Nothing can be dropped: no need to draw.
+    if (threshold == 0) return {};
+    return {MaskSource::kRandom, nullptr, seed, offset, threshold};
+  }
+  static Mask packed(const uint8_t* bits) { return {MaskSource::kBits, bits, 0, 0, 0}; }
+};
+
+// Eight decisions from one Philox call: one byte of a random mask. `byte_index` is i / 8; the sum wraps at 2^64.
+FASTSHAPE_FUNCTION uint8_t random_byte(const Mask& mask, int64_t byte_index) {
+  const PhiloxWords draw = philox(mask.seed, mask.offset + static_cast<uint64_t>(byte_index));
+  uint32_t byte = 0;
+  for (int k = 0; k < 8; ++k) {
+    const uint32_t half = (draw.word[k / 2] >> (16 * (k % 2))) & 0xFFFFu;
+    byte |= static_cast<uint32_t>(half >= mask.threshold) << k;
+  }
+  return static_cast<uint8_t>(byte);
+}
+
+template <MaskSource kSource>
+FASTSHAPE_FUNCTION uint8_t mask_byte(const Mask& mask, int64_t byte_index) {
+  if (kSource == MaskSource::kRandom) return random_byte(mask, byte_index);
+  if (kSource == MaskSource::kBits) return mask.bits[byte_index];
+  return 0xFF;
+}
+
+}  // namespace fastshape

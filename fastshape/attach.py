@@ -1,0 +1,380 @@
+"""Attach shaping to a model without editing it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from .bitmask import BitMask
+from .functional import GRADIENTS, shape
+from .modules import AT_EVAL
+from .rng import checked_p_zero, rng_state
+from .sites import choose_layers
+
+MODES = ("random", "target", "binarize", "product")
+RECORD_MODES = ("eval", "train")
+METHODS = ("hooks",)
+
+
+class _Stop(BaseException):
+    """Ends a recording pass once nothing is left to record. Not an Exception: a model may catch those."""
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, leaves: set[str]):
+        super().__init__()
+        self.leaves = leaves
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return name in self.leaves or super().is_leaf_module(module, name)
+
+
+def _call_order(model: nn.Module, names: Sequence[str]) -> list[str] | None:
+    """The calls of the modules `names` in one forward, in order; None where the model cannot be traced."""
+    try:
+        # Tracing runs the model's own code on proxies. A twin that shares its tensors takes what that code keeps,
+        # and has no hooks to meet them.
+        twin = copy.deepcopy(
+            model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+        )
+        for module in twin.modules():
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+        graph = _Tracer(set(names)).trace(twin)
+    except Exception:  # whatever that code may raise
+        return None
+    return [n.target for n in graph.nodes if n.op == "call_module" and n.target in names]
+
+
+class _Site:
+    """The forward hook of one chosen module."""
+
+    def __init__(self, attachment: Attachment, name: str):
+        self.attachment = attachment
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"layers: {self.name!r} gives a {type(output).__name__}; only a module whose output "
+                "is one tensor can be shaped"
+            )
+        if self.attachment._recording:
+            self.attachment._record_output(self.name, output)
+            return None
+        return self.attachment._shape_output(self.name, output)
+
+
+@functools.cache
+def _keep_out_of_graphs() -> None:
+    """Have torch.compile leave the hooks to Python.
+
+    Their counters change at every call, so a graph that captured them would be compiled anew each time. Done once, and
+    not where the class is defined: it imports the compiler, which takes seconds.
+    """
+    _Site.__call__ = torch.compiler.disable(_Site.__call__)
+
+
+class Attachment:
+    """Shaping attached to a model: what `attach` returns. Also a context manager that removes it.
+
+    Attributes:
+        names: names of the shaped modules.
+        fired: how often shaping was applied, by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: tuple[str, ...],
+        *,
+        mode: str,
+        p_zero: dict[str, float],
+        binarize: bool,
+        gradient: str,
+        at_eval: str,
+        record_mode: str,
+    ):
+        self.model = model
+        self.names = names
+        self.mode = mode
+        self.p_zero = p_zero
+        self.binarize = binarize
+        self.gradient = gradient
+        self.at_eval = at_eval
+        self.record_mode = record_mode
+        self.fired = dict.fromkeys(names, 0)
+        self._recording = False
+        self._recorded: dict[str, list[BitMask | Tensor]] = {}
+        self._calls_per_pass: int | None = None  # of the chosen modules in one forward, once known
+        self._order_asked = False
+        self._calls = dict.fromkeys(names, 0)  # in the forward under way
+        self._last_mask: dict[str, tuple] = {}
+        _keep_out_of_graphs()
+        modules = dict(model.named_modules())
+        self._handles = [model.register_forward_pre_hook(self._begin)]
+        for name in names:
+            self._handles.append(modules[name].register_forward_hook(_Site(self, name)))
+
+    # ---- what a user calls ----
+
+    @torch.no_grad()
+    def record(self, *inputs, **kwargs) -> None:
+        """Run the target pass and hold its maps for the forwards that follow, until the next `record`.
+
+        No graph is built, nothing is shaped, and the pass ends at the deepest chosen layer. With
+        ``record_mode="eval"`` the whole model runs as in evaluation and BatchNorm statistics stay; with
+        ``"train"`` it runs as in training and they move. Training flags are put back afterwards.
+
+        Args:
+            inputs, kwargs: what the model is called with: a batch of N target images.
+
+        Raises:
+            RuntimeError: the mode records nothing, or the attachment was removed.
+        """
+        if self.mode not in ("target", "product"):
+            raise RuntimeError(f"mode={self.mode!r} records nothing; only target and product do")
+        if not self._handles:
+            raise RuntimeError("this attachment was removed from its model")
+        with self._record_flags():
+            if not self._order_asked:
+                order = _call_order(self.model, self.names)
+                self._calls_per_pass = len(order) if order else None
+                self._order_asked = True
+            self._recorded = {name: [] for name in self.names}
+            self._recording = True
+            try:
+                self.model(*inputs, **kwargs)
+                # Seen whole: where tracing could not tell, now it is known where the next pass may end.
+                self._calls_per_pass = sum(map(len, self._recorded.values()))
+            except _Stop:
+                pass
+            except BaseException:
+                self._recorded = {}
+                raise
+            finally:
+                self._recording = False
+        missing = [name for name in self.names if not self._recorded[name]]
+        if missing:
+            self._recorded = {}
+            raise RuntimeError(
+                f"the target pass never reached {', '.join(missing)}: nothing recorded there"
+            )
+
+    @property
+    def density(self) -> dict[str, float]:
+        """Share of ones in the mask each layer used last, by name. Waits for the device.
+
+        1.0 where no mask was applied. A raw product has no mask: its share of positive values is given.
+        """
+        return {name: _density(*last) for name, last in self._last_mask.items()}
+
+    def remove(self) -> None:
+        """Take every hook off the model, which is then as it was. More than once does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._recorded = {}
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "" if self._handles else ", removed"
+        return f"Attachment(mode={self.mode!r}, layers={list(self.names)}{state})"
+
+    # ---- what the hooks call ----
+
+    def _begin(self, model: nn.Module, args: tuple) -> None:
+        self._calls = dict.fromkeys(self.names, 0)
+
+    @contextlib.contextmanager
+    def _record_flags(self) -> Iterator[None]:
+        flags = [(module, module.training) for module in self.model.modules()]
+        if self.record_mode == "eval":
+            self.model.eval()
+        elif not self.model.training:
+            self.model.train()
+        try:
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+    def _record_output(self, name: str, output: Tensor) -> None:
+        # Bits or a copy, at once: a later module may overwrite `output` in place.
+        recorded = BitMask.from_tensor(output) if self.mode == "target" else output.detach().clone()
+        self._recorded[name].append(recorded)
+        if sum(map(len, self._recorded.values())) == self._calls_per_pass:
+            raise _Stop
+
+    def _shape_output(self, name: str, x: Tensor) -> Tensor | None:
+        if not self.model.training and self.at_eval == "off":
+            return None
+        call = self._calls[name]
+        self._calls[name] += 1
+        if self.mode == "binarize" or not (self.model.training or self.at_eval == "on"):
+            self._last_mask[name] = (None,)
+            y = shape(x, gradient=self.gradient)
+        elif self.mode == "random":
+            state = rng_state(device=x.device)
+            p_zero = self.p_zero[name]
+            self._last_mask[name] = (state, x.shape, p_zero)
+            y = shape(
+                x, p_zero=p_zero, rng_state=state, binarize=self.binarize, gradient=self.gradient
+            )
+        else:
+            recorded = self._recorded_for(name, call, x)
+            self._last_mask[name] = (recorded,)
+            if self.mode == "target":
+                y = shape(x, mask=recorded, binarize=self.binarize, gradient=self.gradient)
+            else:
+                y = (x.detach() if self.gradient == "zero" else x) * recorded
+        self.fired[name] += 1
+        return y
+
+    def _recorded_for(self, name: str, call: int, x: Tensor) -> BitMask | Tensor:
+        maps = self._recorded.get(name)
+        if not maps:
+            raise RuntimeError(
+                f"mode={self.mode!r}: nothing was recorded for {name!r}; call attachment.record(target_batch) "
+                "before the source batch"
+            )
+        if call >= len(maps):
+            raise RuntimeError(
+                f"{name!r} was called {call + 1} times in one forward, {len(maps)} in the target pass "
+                "(a part of the model called on its own does not start a new forward)"
+            )
+        recorded = maps[call]
+        if recorded.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"{name!r}: the recorded map has shape {tuple(recorded.shape)}, the source's {tuple(x.shape)}; "
+                "they may differ in the batch alone"
+            )
+        if len(x) > recorded.shape[0]:
+            raise ValueError(
+                f"{name!r}: a source batch of {len(x)} needs as many recorded maps; the target batch had "
+                f"{recorded.shape[0]}"
+            )
+        return recorded.first(len(x)) if isinstance(recorded, BitMask) else recorded[: len(x)]
+
+
+def _density(
+    mask: BitMask | Tensor | None, size: torch.Size | None = None, p_zero: float = 0.0
+) -> float:
+    if mask is None:
+        return 1.0
+    if size is not None:  # the state of a random mask: draw it again
+        mask = BitMask.random(size, p_zero, rng_state=mask)
+    elif isinstance(mask, Tensor):
+        mask = BitMask.from_tensor(mask)
+    return mask.density()
+
+
+def attach(
+    model: nn.Module,
+    layers: int | str | Iterable[int | str],
+    *,
+    mode: str = "random",
+    p_zero: float | Sequence[float] | None = None,
+    after: str = "conv",
+    every: int = 1,
+    binarize: bool = True,
+    gradient: str = "straight_through",
+    at_eval: str = "off",
+    record_mode: str = "eval",
+    method: str = "hooks",
+) -> Attachment:
+    """Shape the output of chosen layers of `model`, which is not edited.
+
+    Args:
+        model: any module; hooks are put on the chosen submodules.
+        layers: numbers, names, shell patterns, a list of these, or ``"all"``. Numbers count the modules of
+            kind `after` from 1 in ``named_modules()`` order: in ResNet-18 conv 1 is conv1, 4 is
+            layer1.1.conv1, and 8, 13 and 18 are the downsample convolutions.
+        mode: ``"random"``: a mask drawn at each forward. ``"target"``: the maps of `Attachment.record`,
+            binarized. ``"binarize"``: no mask. ``"product"``: ``y = x * m`` with the recorded map as it is,
+            which is what the published domain-adaptation code ran.
+        p_zero: for mode ``"random"``: probability of a zero, one number or one for each layer, in [0, 1).
+        after: which kind numbers and patterns mean: ``"conv"``, ``"bn"`` or ``"relu"`` (any activation).
+        every: keep every `every`-th of `layers`: with ``"all"`` and 3, the layers 3, 6, 9, ...
+        binarize, gradient: as in `fastshape.shape`. Mode ``"product"`` never binarizes, and has an exact
+            gradient or, with ``"zero"``, none.
+        at_eval: what happens while ``model.training`` is False: ``"off"``: nothing is shaped.
+            ``"binarize"``: binarized, no mask. ``"on"``: shaped as in training.
+        record_mode: how `Attachment.record` runs the model: ``"eval"`` or ``"train"``.
+        method: ``"hooks"``.
+
+    Returns:
+        An `Attachment`.
+
+    Raises:
+        ValueError: an argument outside what is allowed; an unknown layer (those that exist are listed), one
+            named twice, a pattern without a match; as many p_zero as layers are needed.
+        TypeError: an argument of a wrong type.
+
+    Example:
+        >>> with fastshape.attach(model, [1, 4], p_zero=0.7) as attachment:
+        ...     loss = criterion(model(images), labels)
+        >>> attachment.fired
+        {'conv1': 1, 'layer1.1.conv1': 1}
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: must be a torch.nn.Module, not {type(model).__name__}")
+    for argument, value, allowed in (
+        ("mode", mode, MODES),
+        ("gradient", gradient, GRADIENTS),
+        ("at_eval", at_eval, AT_EVAL),
+        ("record_mode", record_mode, RECORD_MODES),
+        ("method", method, METHODS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{argument}={value!r}: allowed are {', '.join(allowed)}")
+    if mode == "product" and gradient == "clipped":
+        raise ValueError(
+            "gradient='clipped': mode 'product' allows straight_through (exact) and zero"
+        )
+    names = choose_layers(model, layers, after=after, every=every)
+    return Attachment(
+        model,
+        names,
+        mode=mode,
+        p_zero=_p_zero_by_layer(mode, p_zero, names),
+        binarize=binarize,
+        gradient=gradient,
+        at_eval=at_eval,
+        record_mode=record_mode,
+    )
+
+
+def _p_zero_by_layer(
+    mode: str, p_zero: float | Sequence[float] | None, names: tuple[str, ...]
+) -> dict[str, float]:
+    if mode != "random":
+        if p_zero is not None:
+            raise ValueError(f"p_zero={p_zero!r}: only mode 'random' draws masks, not {mode!r}")
+        return {}
+    if p_zero is None:
+        raise ValueError("p_zero: mode 'random' needs a probability in [0, 1)")
+    values = list(p_zero) if isinstance(p_zero, Sequence) else [p_zero] * len(names)
+    if len(values) != len(names):
+        raise ValueError(
+            f"p_zero: {len(values)} values for {len(names)} layers; give one, or one a layer"
+        )
+    return {name: checked_p_zero(value) for name, value in zip(names, values, strict=True)}
+
+
+def attachments(model: nn.Module) -> list[Attachment]:
+    """What is attached to `model`: how to find it again on a copy or after loading a pickled model."""
+    hooks = model._forward_pre_hooks.values()
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return [owner for owner in owners if isinstance(owner, Attachment)]

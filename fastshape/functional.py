@@ -1,0 +1,180 @@
+"""fastshape.shape: the op with its gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bitmask import _FLOATS, BitMask
+from .layout import MEMORY_FORMATS, memory_format_name
+from .rng import checked_p_zero, checked_rng_state
+from .rng import rng_state as new_rng_state
+
+GRADIENTS = ("straight_through", "clipped", "zero")
+
+
+def _masked(x, rng_state, bits, p_zero, memory_format):
+    """x * M with a gradient of its own, so that a backward pass can be differentiated again."""
+    x = x.contiguous(memory_format=MEMORY_FORMATS[memory_format])
+    return _StraightThrough.apply(x, rng_state, bits, p_zero, False, False, memory_format)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """dL/dx = dL/dy * M. Keeps [seed, offset], or the bits it was given; never x or y."""
+
+    @staticmethod
+    def forward(x, rng_state, bits, p_zero, binarize, inplace, memory_format):
+        if inplace:
+            torch.ops.fastshape.shape_.default(x, rng_state, bits, p_zero, binarize)
+            return x
+        return torch.ops.fastshape.shape.default(x, rng_state, bits, p_zero, binarize)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, rng_state, bits, ctx.p_zero, _, inplace, ctx.memory_format = inputs
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(rng_state, bits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rng_state, bits = ctx.saved_tensors
+        if rng_state is not None or bits is not None:
+            grad = _masked(grad, rng_state, bits, ctx.p_zero, ctx.memory_format)
+        return grad, None, None, None, None, None, None
+
+
+class _Clipped(torch.autograd.Function):
+    """dL/dx = dL/dy * M * 1[abs(x) <= 1]. Keeps one bit an element."""
+
+    @staticmethod
+    def forward(x, rng_state, bits, p_zero, binarize, inplace, memory_format):
+        if inplace:
+            return x, torch.ops.fastshape.shape_clipped_.default(
+                x, rng_state, bits, p_zero, binarize
+            )
+        return torch.ops.fastshape.shape_clipped.default(x, rng_state, bits, p_zero, binarize)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, _, _, _, _, inplace, ctx.memory_format = inputs
+        _, within_one = output
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.mark_non_differentiable(within_one)
+        ctx.save_for_backward(within_one)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        (within_one,) = ctx.saved_tensors
+        grad = _masked(grad, None, within_one, 0.0, ctx.memory_format)
+        return grad, None, None, None, None, None, None
+
+
+def _checked_x(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: must be a tensor, not {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS)
+        raise TypeError(f"x: dtype {x.dtype} cannot be shaped; allowed are {allowed}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: layout {x.layout} cannot be shaped; only dense tensors can")
+
+
+def _checked_mask(mask: BitMask | Tensor, x: Tensor, memory_format: str) -> Tensor:
+    """The bits of `mask`, numbered as the elements of x."""
+    if not isinstance(mask, BitMask):
+        if isinstance(mask, Tensor) and mask.shape != x.shape:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}, x {tuple(x.shape)}: must be equal"
+            )
+        mask = BitMask.from_tensor(mask)
+    if mask.shape != x.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, x {tuple(x.shape)}: must be equal")
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device}, x on {x.device}: they must be on one device")
+    return mask.in_memory_format(memory_format).bits
+
+
+def shape(
+    x: Tensor,
+    *,
+    p_zero: float | None = None,
+    mask: BitMask | Tensor | None = None,
+    binarize: bool = True,
+    gradient: str = "straight_through",
+    rng_state: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Activation shaping: ``B(x) * M``, with B(x) = 1 where x > 0 and 0 elsewhere (NaN included).
+
+    M is random (give `p_zero`), recorded (give `mask`) or all ones (give neither). A mask selects: where
+    it is zero the result is +0, also for an infinite or NaN x.
+
+    Args:
+        x: any shape; float16, bfloat16, float32 or float64. A contiguous or channels_last x keeps its
+            memory format; one of any other strides gives a contiguous result.
+        p_zero: probability of a zero in a random mask, in [0, 1).
+        mask: a `BitMask`, or a tensor of x's shape and device read as ``> 0``. It gets no gradient.
+        binarize: False gives ``x * M`` with its exact gradient.
+        gradient: ``"straight_through"``: dL/dx = dL/dy * M. ``"clipped"``: dL/dy * M * 1[abs(x) <= 1].
+            ``"zero"``: none; the result is cut from the graph.
+        rng_state: int64 [seed, offset] on x's device: makes a random mask a function of this state.
+        generator: where to draw the state from; None is the default generator of x's device.
+        inplace: write the result into x. For an x that nothing else needs for its backward, such as
+            the output of a convolution.
+
+    Returns:
+        Tensor of x's shape and dtype; x itself with `inplace`.
+
+    Raises:
+        TypeError: a dtype that cannot be shaped; a mask, p_zero or rng_state of a wrong type.
+        ValueError: p_zero outside [0, 1); a mask or rng_state of another shape or device; p_zero and
+            mask together; rng_state or generator without p_zero, or together; an unknown gradient.
+        RuntimeError: in place on a leaf that requires a gradient.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 2.0, 3.0])
+        >>> fastshape.shape(x, mask=torch.tensor([True, True, False]))
+        tensor([0., 1., 0.])
+    """
+    _checked_x(x)
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient={gradient!r}: allowed are {', '.join(GRADIENTS)}")
+    if p_zero is not None and mask is not None:
+        raise ValueError("p_zero and mask: a mask is random or given, not both")
+    if p_zero is None and (rng_state is not None or generator is not None):
+        raise ValueError("rng_state and generator go with p_zero: only a random mask draws")
+    if rng_state is not None and generator is not None:
+        raise ValueError("rng_state and generator: give one of them, not both")
+    if gradient == "zero":
+        x = x.detach()
+
+    memory_format = memory_format_name(x)
+    dense = x if memory_format else x.contiguous()
+    memory_format = memory_format or "contiguous"
+
+    bits = None
+    if p_zero is not None:
+        p_zero = checked_p_zero(p_zero)
+        if rng_state is None:
+            rng_state = new_rng_state(generator=generator, device=x.device)
+        rng_state = checked_rng_state(rng_state, x.device)
+    elif mask is not None:
+        bits = _checked_mask(mask, x, memory_format)
+
+    if inplace and x.is_leaf and x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "inplace=True: x is a leaf that requires a gradient and must keep its values"
+        )
+    # Strides that are neither dense order, and graphs that torch.compile captures, take a copy: the first must,
+    # the second loses nothing, for the compiler writes in place where it sees fit.
+    writes_x = inplace and dense is x and not torch.compiler.is_compiling()
+
+    arguments = (dense, rng_state, bits, p_zero or 0.0, binarize, writes_x, memory_format)
+    if gradient == "clipped":
+        y, _ = _Clipped.apply(*arguments)
+    else:
+        y = _StraightThrough.apply(*arguments)
+    return x.copy_(y) if inplace and not writes_x else y

@@ -1,0 +1,35 @@
+"""Memory order: which element is number i."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MEMORY_FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+    "channels_last_3d": torch.channels_last_3d,
+}
+
+
+def memory_format_name(x: Tensor) -> str | None:
+    """The memory format x is dense in: a key of `MEMORY_FORMATS`, or None for any other strides."""
+    if x.is_contiguous():
+        return "contiguous"
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return "channels_last"
+    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return "channels_last_3d"
+    return None
+
+
+def dense_strides(size: torch.Size, memory_format: str) -> tuple[int, ...]:
+    """Strides, in elements, of a dense tensor of this size and memory format."""
+    order = list(range(len(size)))
+    if memory_format != "contiguous":
+        order = [0, *order[2:], 1]
+    strides, step = [0] * len(size), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(size[dim], 1)
+    return tuple(strides)

@@ -1,0 +1,142 @@
+"""The specification of activation shaping in plain PyTorch.
+
+Every other backend must give these bits. Readable rather than fast; nothing here but torch is needed.
+
+Elements are counted in memory order: for a contiguous or channels_last tensor, element ``i`` is the
+``i``-th in memory. Any other tensor is made contiguous first (by `fastshape.shape`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "drop_threshold",
+    "pack",
+    "pack_random",
+    "philox_words",
+    "shape",
+    "shape_clipped",
+    "unpack",
+]
+
+_WORD = 0xFFFFFFFF
+
+
+def philox_words(seed: Tensor, offset: Tensor) -> Tensor:
+    """Philox4x32-10 words (Salmon et al., SC 2011).
+
+    Args:
+        seed: int64 scalar, read as 64 unsigned bits: the key (low word, high word).
+        offset: int64 (m,), read as unsigned: counter words (low, high, 0, 0).
+
+    Returns:
+        int64 (m, 4), each value one unsigned 32-bit word.
+    """
+    key = [seed & _WORD, (seed >> 32) & _WORD]
+    counter = [offset & _WORD, (offset >> 32) & _WORD, torch.zeros_like(offset)]
+    counter.append(counter[2])
+    for _ in range(10):
+        # An int64 product wraps at 2^64: its bits are those of the unsigned product.
+        product0 = counter[0] * 0xD2511F53
+        product1 = counter[2] * 0xCD9E8D57
+        counter = [
+            ((product1 >> 32) & _WORD) ^ counter[1] ^ key[0],
+            product1 & _WORD,
+            ((product0 >> 32) & _WORD) ^ counter[3] ^ key[1],
+            product0 & _WORD,
+        ]
+        key = [(key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD]
+    return torch.stack(counter, dim=-1)
+
+
+def drop_threshold(p_zero: float) -> int:
+    """The 16-bit draw below which an element is dropped: ``round(p_zero * 65536)``."""
+    return round(p_zero * 65536)
+
+
+def random_mask(rng_state: Tensor, n: int, p_zero: float) -> Tensor:
+    """bool (n,): element i is kept iff its 16-bit draw is at least `drop_threshold`.
+
+    Element i takes the call with offset ``base + i // 8`` (wrapping at 2^64), word ``(i % 8) // 2``,
+    low half first.
+    """
+    calls = torch.arange((n + 7) // 8, device=rng_state.device)
+    words = philox_words(rng_state[0], rng_state[1] + calls)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)
+    return (halves >= drop_threshold(p_zero)).reshape(-1)[:n]
+
+
+def pack_bool(mask: Tensor) -> Tensor:
+    """bool (n,) -> uint8 (ceil(n / 8),): element i is bit i % 8 of byte i // 8; spare bits are 0."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8))
+    place = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded.view(-1, 8) << place).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, n: int) -> Tensor:
+    """uint8 (ceil(n / 8),) -> bool (n,): the inverse of `pack_bool`."""
+    place = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.view(-1, 1) >> place) & 1).reshape(-1)[:n].bool()
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """A 1-d view of a dense tensor, elements in memory order."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def pack(x: Tensor) -> Tensor:
+    """uint8 bits of ``x > 0``, in memory order."""
+    return pack_bool(in_memory_order(x) > 0)
+
+
+def pack_random(rng_state: Tensor, n: int, p_zero: float) -> Tensor:
+    """uint8 bits of `random_mask`."""
+    return pack_bool(random_mask(rng_state, n, p_zero))
+
+
+def _mask(x: Tensor, rng_state: Tensor | None, bits: Tensor | None, p_zero: float) -> Tensor | None:
+    if rng_state is not None:
+        mask = random_mask(rng_state, x.numel(), p_zero)
+    elif bits is not None:
+        mask = unpack(bits, x.numel())
+    else:
+        return None
+    return mask.as_strided(x.size(), x.stride())
+
+
+def shape(
+    x: Tensor, rng_state: Tensor | None, bits: Tensor | None, p_zero: float, binarize: bool
+) -> Tensor:
+    """``B(x) * M``, or ``x * M`` without `binarize`. B(x) is 1 where x > 0, else 0 (also for NaN).
+
+    M is random (`rng_state`, `p_zero`), given (`bits`) or, with neither, all ones. A mask selects:
+    where M is 0 the result is +0 whatever x is, so that an infinity behind a mask stays there.
+
+    Args:
+        x: dense, float16, bfloat16, float32 or float64, n elements.
+        rng_state: int64 [seed, offset], or None.
+        bits: uint8 (ceil(n / 8),), or None.
+        p_zero: probability of a zero in a random mask, in [0, 1).
+
+    Returns:
+        Tensor of x's shape, dtype and memory format.
+    """
+    value = (x > 0).to(x.dtype) if binarize else x
+    mask = _mask(x, rng_state, bits, p_zero)
+    if mask is None:
+        return value.clone()
+    return torch.where(mask, value, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def shape_clipped(
+    x: Tensor, rng_state: Tensor | None, bits: Tensor | None, p_zero: float, binarize: bool
+) -> tuple[Tensor, Tensor]:
+    """`shape`, and the bits of ``M * 1[abs(x) <= 1]`` that the clipped gradient needs."""
+    within_one = x.abs() <= 1
+    mask = _mask(x, rng_state, bits, p_zero)
+    if mask is not None:
+        within_one = within_one & mask
+    kept = within_one.as_strided((x.numel(),), (1,))
+    return shape(x, rng_state, bits, p_zero, binarize), pack_bool(kept)

@@ -1,0 +1,102 @@
+"""Which modules of a model are meant: by number, by name, by pattern, by kind."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+_ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU,
+    nn.Mish, nn.Softplus, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.Hardtanh,
+)  # fmt: skip
+KINDS = {
+    "conv": nn.modules.conv._ConvNd,
+    "bn": nn.modules.batchnorm._BatchNorm,
+    "relu": _ACTIVATIONS,
+}
+
+
+def modules_of_kind(model: nn.Module, kind: str) -> list[str]:
+    """Names of the model's convolutions, batch norms or activations, in ``named_modules()`` order.
+
+    Number k of the reports is entry k - 1: for ``"conv"`` in ResNet-18, 1 is conv1 and 20 is
+    layer4.1.conv2, the downsample convolutions being 8, 13 and 18.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"after={kind!r}: allowed are {', '.join(KINDS)}")
+    return [name for name, module in model.named_modules() if isinstance(module, KINDS[kind])]
+
+
+def _by_number(number: int, candidates: Sequence[str], kind: str) -> str:
+    if not 1 <= number <= len(candidates):
+        listing = ", ".join(f"{k} {name}" for k, name in enumerate(candidates, 1)) or "none"
+        raise ValueError(f"layers: there is no {kind} {number}; this model has {listing}")
+    return candidates[number - 1]
+
+
+def _by_name(
+    text: str, modules: dict[str, nn.Module], candidates: Sequence[str], kind: str
+) -> list[str]:
+    if text and text in modules:
+        return [text]
+    if any(sign in text for sign in "*?["):
+        found = [name for name in candidates if fnmatch.fnmatchcase(name, text)]
+        if found:
+            return found
+        listing = ", ".join(candidates) or "none"
+        raise ValueError(f"layers: pattern {text!r} matches no {kind}; this model has {listing}")
+    listing = ", ".join(name for name in modules if name)
+    raise ValueError(f"layers: there is no module {text!r}; this model has {listing}")
+
+
+def choose_layers(
+    model: nn.Module,
+    layers: int | str | Iterable[int | str],
+    *,
+    after: str = "conv",
+    every: int = 1,
+) -> tuple[str, ...]:
+    """Names of the chosen modules, in the order given.
+
+    Args:
+        layers: numbers (counted from 1 among the modules of kind `after`), module names, shell patterns
+            over the names of that kind, a list of these, or ``"all"``.
+        after: ``"conv"``, ``"bn"`` or ``"relu"`` (any activation module).
+        every: keep the every-th, 2 every-th, ... of what `layers` gives.
+
+    Raises:
+        ValueError: an unknown kind, number or name (the message lists those that exist), a pattern that
+            matches nothing, a module named twice, or nothing left to shape.
+        TypeError: an entry that is neither int nor str.
+    """
+    candidates = modules_of_kind(model, after)
+    modules = dict(model.named_modules())
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r}: must be an int of at least 1")
+    entries = [layers] if isinstance(layers, (int, str)) else list(layers)
+    chosen: list[str] = []
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, (int, str)):
+            raise TypeError(f"layers: {entry!r} is neither a number, a name nor a pattern")
+        if entry == "all":
+            found = candidates
+        elif isinstance(entry, int):
+            found = [_by_number(entry, candidates, after)]
+        else:
+            found = _by_name(entry, modules, candidates, after)
+        for name in found:
+            if name in chosen:
+                raise ValueError(f"layers: {name!r} is named twice (again by {entry!r})")
+            chosen.append(name)
+    chosen = chosen[every - 1 :: every]
+    if not chosen:
+        raise ValueError(
+            f"layers={layers!r}, after={after!r}, every={every}: nothing to shape; "
+            f"this model has {len(candidates)} modules of kind {after}"
+        )
+    return tuple(chosen)

@@ -1,0 +1,452 @@
+"""attach(): which layers, what is recorded, what is shaped, and that nothing else is touched."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastshape
+from fastshape import attach
+
+torchvision = pytest.importorskip("torchvision")
+models = torchvision.models
+
+
+def resnet18(**arguments):
+    torch.manual_seed(0)
+    return models.resnet18(num_classes=7, **arguments)
+
+
+class Tiny(nn.Module):
+    """conv -> bn -> relu -> conv -> relu (the same, in place) -> pool -> fc."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 2)
+        self.seen = []
+
+    def forward(self, x):
+        a = self.conv1(x)
+        b = self.relu(self.bn(a))
+        c = self.relu(self.conv2(b))
+        self.seen = [a, b, c]
+        return self.fc(c.mean((2, 3)))
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    return Tiny()
+
+
+images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+targets = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+# ---- which layers ----
+
+
+def test_the_reports_numbers():
+    model = resnet18()
+    names = attach(model, "all", mode="binarize").names
+    assert len(names) == 20
+    assert (names[0], names[3], names[7], names[12], names[17], names[19]) == (
+        "conv1",
+        "layer1.1.conv1",
+        "layer2.0.downsample.0",
+        "layer3.0.downsample.0",
+        "layer4.0.downsample.0",
+        "layer4.1.conv2",
+    )
+    every_third = attach(model, "all", every=3, mode="binarize").names
+    assert every_third == tuple(names[k - 1] for k in (3, 6, 9, 12, 15, 18))
+    assert attach(model, [1, 4], mode="binarize").names == ("conv1", "layer1.1.conv1")
+    assert attach(model, 4, mode="binarize").names == ("layer1.1.conv1",)
+
+
+def test_names_patterns_and_kinds():
+    model = resnet18()
+    assert attach(model, "layer1.0.conv2", mode="binarize").names == ("layer1.0.conv2",)
+    assert attach(model, ["layer4.*conv*"], mode="binarize").names == (
+        "layer4.0.conv1", "layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2",
+    )  # fmt: skip
+    assert attach(model, [1], after="bn", mode="binarize").names == ("bn1",)
+    assert len(attach(model, "all", after="bn", mode="binarize").names) == 20
+    assert len(attach(model, "all", after="relu", mode="binarize").names) == 9
+    assert attach(model, "layer1", mode="binarize").names == ("layer1",)
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "error", "message"),
+    (
+        (21, {}, ValueError, r"there is no conv 21; this model has 1 conv1, .*20 layer4\.1\.conv2"),
+        (0, {}, ValueError, "there is no conv 0"),
+        (10, {"after": "relu"}, ValueError, "there is no relu 10; .*9 layer4.1.relu"),
+        ("layer9", {}, ValueError, "no module 'layer9'; this model has conv1, bn1"),
+        ([1, "conv1"], {}, ValueError, r"'conv1' is named twice \(again by 'conv1'\)"),
+        ([4, 4], {}, ValueError, "'layer1.1.conv1' is named twice"),
+        ("layer9*", {}, ValueError, "pattern 'layer9\\*' matches no conv; this model has conv1"),
+        ([], {}, ValueError, "nothing to shape"),
+        ([1], {"every": 2}, ValueError, "every=2: nothing to shape"),
+        ([1], {"every": 0}, ValueError, "every=0: must be an int of at least 1"),
+        ([1.5], {}, TypeError, "1.5 is neither a number, a name nor a pattern"),
+        ([True], {}, TypeError, "True is neither"),
+        (1, {"after": "pool"}, ValueError, "after='pool': allowed are conv, bn, relu"),
+        (
+            1,
+            {"mode": "dropout"},
+            ValueError,
+            "mode='dropout': allowed are random, target, binarize, product",
+        ),
+        (1, {"p_zero": 1.0, "mode": "random"}, ValueError, "p_zero=1.0: must be in"),
+        (1, {"mode": "random"}, ValueError, "mode 'random' needs a probability"),
+        (1, {"mode": "target", "p_zero": 0.5}, ValueError, "only mode 'random' draws masks"),
+        ([1, 4], {"mode": "random", "p_zero": [0.1]}, ValueError, "1 values for 2 layers"),
+        (1, {"gradient": "none"}, ValueError, "gradient='none': allowed are"),
+        (1, {"mode": "product", "gradient": "clipped"}, ValueError, "mode 'product' allows"),
+        (1, {"at_eval": "random"}, ValueError, "at_eval='random': allowed are off, binarize, on"),
+        (1, {"record_mode": "test"}, ValueError, "record_mode='test': allowed are eval, train"),
+        (1, {"method": "fx"}, ValueError, "method='fx': allowed are hooks"),
+    ),
+)
+def test_bad_arguments_are_named_and_leave_no_hook(layers, options, error, message):
+    model = resnet18()
+    with pytest.raises(error, match=message):
+        attach(model, layers, **{"mode": "binarize", **options})
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_model_must_be_a_module():
+    with pytest.raises(TypeError, match="model: must be a torch.nn.Module, not function"):
+        attach(lambda x: x, 1, mode="binarize")
+
+
+# ---- what is shaped ----
+
+
+def test_random_shapes_the_output_of_the_layer(tiny):
+    plain = nn.functional.conv2d(images, tiny.conv1.weight, tiny.conv1.bias, padding=1)
+    with attach(tiny, 1, p_zero=0.5) as attachment:
+        torch.manual_seed(3)
+        tiny(images)
+        torch.manual_seed(3)
+        expected = fastshape.shape(plain, p_zero=0.5)
+        assert torch.equal(tiny.seen[0], expected)
+        assert attachment.fired == {"conv1": 1}
+        mask = fastshape.BitMask.random(
+            plain.shape, 0.5, rng_state=attachment._last_mask["conv1"][0]
+        )
+        assert attachment.density == {"conv1": mask.density()}
+        assert 0.4 < attachment.density["conv1"] < 0.6
+
+
+def test_one_p_zero_a_layer(tiny):
+    with attach(tiny, [1, 2], p_zero=[0.1, 0.9]) as attachment:
+        tiny(images)
+        density = attachment.density
+    assert density["conv1"] > 0.8 and density["conv2"] < 0.2
+
+
+def test_target_masks_are_those_of_the_target(tiny):
+    tiny.eval()
+    tiny(targets)
+    target_map = tiny.seen[0].detach()
+    tiny.train()
+    with attach(tiny, 1, mode="target") as attachment:
+        attachment.record(targets)
+        plain = nn.functional.conv2d(images, tiny.conv1.weight, tiny.conv1.bias, padding=1)
+        tiny(images)
+        assert torch.equal(tiny.seen[0], ((plain > 0) & (target_map > 0)).float())
+        assert attachment.density["conv1"] == (target_map > 0).float().mean().item()
+
+
+def test_product_multiplies_by_the_recorded_map(tiny):
+    with attach(tiny, 1, mode="product", record_mode="train") as attachment:
+        attachment.record(targets)
+        conv = nn.functional.conv2d
+        plain = conv(images, tiny.conv1.weight, tiny.conv1.bias, padding=1)
+        recorded = conv(targets, tiny.conv1.weight, tiny.conv1.bias, padding=1)
+        tiny(images).sum().backward()
+        assert torch.equal(tiny.seen[0], plain * recorded)
+        assert attachment.fired == {"conv1": 1}
+
+
+def test_binarize_only(tiny):
+    with attach(tiny, 1, mode="binarize") as attachment:
+        tiny(images)
+        assert set(tiny.seen[0].unique().tolist()) == {0.0, 1.0}
+        assert attachment.density == {"conv1": 1.0}
+
+
+@pytest.mark.parametrize("gradient", ("straight_through", "clipped", "zero"))
+def test_gradient_policy_reaches_the_weights(tiny, gradient):
+    with attach(tiny, 1, p_zero=0.2, gradient=gradient):
+        tiny(images).sum().backward()
+    if gradient == "zero":
+        assert tiny.conv1.weight.grad is None
+    else:
+        assert tiny.conv1.weight.grad.abs().sum() > 0
+    assert tiny.conv2.weight.grad is not None
+
+
+def test_at_eval(tiny):
+    tiny.eval()
+    expected = tiny(images)
+    with attach(tiny, 1, p_zero=0.5) as attachment:
+        assert torch.equal(tiny(images), expected) and attachment.fired == {"conv1": 0}
+    with attach(tiny, 1, p_zero=0.5, at_eval="binarize") as attachment:
+        tiny(images)
+        assert torch.equal(
+            tiny.seen[0],
+            (
+                nn.functional.conv2d(images, tiny.conv1.weight, tiny.conv1.bias, padding=1) > 0
+            ).float(),
+        )
+    with attach(tiny, 1, p_zero=0.5, at_eval="on") as attachment:
+        first = tiny(images)
+        assert not torch.equal(first, tiny(images)) and attachment.fired == {"conv1": 2}
+
+
+# ---- recording ----
+
+
+def test_shared_relu_fires_twice_and_each_call_has_its_own_map(tiny):
+    tiny.eval()
+    tiny(targets)
+    first, second = (t.detach() > 0 for t in tiny.seen[1:])
+    tiny.train()
+    with attach(tiny, "relu", mode="target") as attachment:
+        attachment.record(targets)
+        tiny(images)
+        assert attachment.fired == {"relu": 2}
+        assert (
+            not (tiny.seen[1].bool() & ~first).any() and not (tiny.seen[2].bool() & ~second).any()
+        )
+        assert not torch.equal(first, second)
+
+
+def test_resnet_in_place_relu_and_add_do_not_reach_the_record():
+    """bn2's output is added to and then rectified in place: the recorded map must be what bn2 gave."""
+    model = resnet18().eval()
+    given = []
+    handle = model.layer1[0].bn2.register_forward_hook(
+        lambda m, a, out: given.append(out.detach().clone())
+    )
+    with attach(model, "layer1.0.bn2", mode="target") as attachment:
+        attachment.record(targets)
+        handle.remove()
+        recorded = attachment._recorded["layer1.0.bn2"][0]
+    assert torch.equal(recorded.to_bool(), given[0] > 0)
+    # bn2 is negative about half the time; the rectified sum is never.
+    assert 0.2 < recorded.density() < 0.8
+
+
+def test_recording_stops_at_the_deepest_layer():
+    for layers, beyond, reached in (
+        ([4], "layer1.1.bn1", "layer1.1.conv1"),
+        ([4, 8], "layer2.0.downsample.1", "layer2.0.downsample.0"),
+    ):
+        model = resnet18()
+        calls = []
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda m, a, o, name=name, calls=calls: calls.append(name))
+        with attach(model, layers, mode="target") as attachment:
+            attachment.record(targets)
+            assert reached in calls and beyond not in calls and "fc" not in calls
+            assert all(len(maps) == 1 for maps in attachment._recorded.values())
+
+
+class Branching(nn.Module):
+    """Control flow that depends on data: cannot be traced ahead of the first pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
+        self.reached_the_end = 0
+
+    def forward(self, x):
+        x = self.conv1(x)
+        if x.sum() > -1e9:
+            x = self.conv2(x)
+        self.reached_the_end += 1
+        return self.fc(x.mean((2, 3)))
+
+
+def test_untraceable_model_learns_where_to_stop_in_its_first_pass():
+    model = Branching()
+    with attach(model, [1, 2], mode="target") as attachment:
+        attachment.record(targets)
+        assert model.reached_the_end == 1
+        attachment.record(targets)
+        assert model.reached_the_end == 1
+        model(images)
+        assert attachment.fired == {"conv1": 1, "conv2": 1}
+
+
+@pytest.mark.parametrize("record_mode", ("eval", "train"))
+@pytest.mark.parametrize("training", (True, False))
+def test_record_mode_says_whether_statistics_move(tiny, record_mode, training):
+    tiny.train(training)
+    tiny.conv2.eval()  # a flag of its own, to be put back
+    before = copy.deepcopy(tiny.bn.state_dict())
+    with attach(tiny, 2, mode="target", record_mode=record_mode) as attachment:
+        attachment.record(targets)
+    moved = any(not torch.equal(before[key], value) for key, value in tiny.bn.state_dict().items())
+    assert moved == (record_mode == "train")
+    assert tiny.training == training and tiny.bn.training == training and not tiny.conv2.training
+
+
+def test_recording_builds_no_graph_and_keeps_bits_alone(tiny):
+    def forbidden(t):
+        raise AssertionError("a tensor was saved for backward")
+
+    with attach(tiny, 2, mode="target") as attachment:
+        with torch.autograd.graph.saved_tensors_hooks(forbidden, lambda t: t):
+            attachment.record(targets)
+        (mask,) = attachment._recorded["conv2"]
+        assert mask.bits.numel() == targets.shape[0] * 4 * 8 * 8 // 8
+        assert not mask.bits.requires_grad
+
+
+def test_recording_draws_nothing_and_shapes_nothing(tiny):
+    with attach(tiny, 1, mode="target") as attachment:
+        before = torch.get_rng_state()
+        attachment.record(targets)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert attachment.fired == {"conv1": 0}
+
+
+def test_smaller_source_batch_is_served_larger_is_an_error(tiny):
+    with attach(tiny, 1, mode="target") as attachment:
+        attachment.record(targets)
+        tiny(images[:3])
+        expected = (
+            nn.functional.conv2d(images[:3], tiny.conv1.weight, tiny.conv1.bias, padding=1) > 0
+        ) & (nn.functional.conv2d(targets[:3], tiny.conv1.weight, tiny.conv1.bias, padding=1) > 0)
+        assert torch.equal(tiny.seen[0].bool(), expected)
+        with pytest.raises(
+            ValueError, match="a source batch of 8 needs as many.*target batch had 4"
+        ):
+            tiny(torch.cat([images, images]))
+        with pytest.raises(ValueError, match="differ in the batch alone"):
+            tiny(torch.randn(4, 3, 9, 9))
+
+
+@pytest.mark.parametrize("mode", ("target", "product"))
+def test_nothing_recorded_is_an_error(tiny, mode):
+    with attach(tiny, 1, mode=mode) as attachment:
+        with pytest.raises(RuntimeError, match="nothing was recorded for 'conv1'"):
+            tiny(images)
+        attachment.record(targets)
+        tiny(images)
+    with (
+        attach(tiny, 1, p_zero=0.5) as attachment,
+        pytest.raises(RuntimeError, match="mode='random' records nothing"),
+    ):
+        attachment.record(targets)
+
+
+def test_failed_record_leaves_nothing_half_done(tiny):
+    with attach(tiny, [1, 2], mode="target") as attachment:
+        attachment.record(targets)
+        with pytest.raises(RuntimeError):
+            attachment.record(torch.randn(4, 5, 8, 8))
+        assert tiny.training
+        with pytest.raises(RuntimeError, match="nothing was recorded"):
+            tiny(images)
+
+
+def test_module_that_gives_no_tensor():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4)
+
+        def forward(self, x):
+            return self.lstm(x)[0]
+
+    with (
+        attach(Pair(), "lstm", mode="binarize") as attachment,
+        pytest.raises(TypeError, match="'lstm' gives a tuple"),
+    ):
+        attachment.model(torch.randn(2, 5, 3))
+
+
+# ---- nothing else is touched ----
+
+
+def test_remove_leaves_the_model_as_it_was():
+    model = resnet18().eval()
+    before, keys, expected = str(model), list(model.state_dict()), model(images)
+    hooks = [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+    attachment = attach(model, "all", mode="target", at_eval="on")
+    attachment.record(targets)
+    model(images)
+    assert str(model) == before and list(model.state_dict()) == keys
+    attachment.remove()
+    attachment.remove()
+    assert [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()] == hooks
+    assert torch.equal(model(images), expected)
+    with pytest.raises(RuntimeError, match="was removed"):
+        attachment.record(targets)
+
+
+def test_copies_have_an_attachment_of_their_own(tiny):
+    attachment = attach(tiny, 1, mode="target")
+    attachment.record(targets)
+    for other in (copy.deepcopy(tiny), pickle.loads(pickle.dumps(tiny))):
+        (found,) = fastshape.attachments(other)
+        assert found is not attachment and found.model is other
+        other(images)
+        tiny(images)
+        assert torch.equal(other.seen[0], tiny.seen[0])
+        assert found.fired == {"conv1": 1}
+        found.remove()
+        assert not fastshape.attachments(other) and not other.conv1._forward_hooks
+    assert fastshape.attachments(tiny) == [attachment] and attachment.fired == {"conv1": 2}
+
+
+@pytest.mark.parametrize(
+    ("build", "size"),
+    (
+        (lambda: models.resnet18(num_classes=7), 64),
+        (lambda: models.resnet50(num_classes=7), 64),
+        (lambda: models.vgg11_bn(num_classes=7), 64),
+        (lambda: models.mobilenet_v3_small(num_classes=7), 64),
+    ),
+    ids=("resnet18", "resnet50", "vgg11_bn", "mobilenet_v3_small"),
+)
+@pytest.mark.parametrize("after", ("conv", "bn", "relu"))
+def test_any_model_trains_a_step(build, size, after):
+    torch.manual_seed(0)
+    model = build()
+    x, t = torch.randn(2, 2, 3, size, size)
+    with attach(model, "all", after=after, every=4, mode="target") as attachment:
+        attachment.record(t)
+        model(x).sum().backward()
+        assert all(count >= 1 for count in attachment.fired.values())
+        assert all(0 <= share <= 1 for share in attachment.density.values())
+
+
+def test_channels_last_model():
+    model = resnet18().to(memory_format=torch.channels_last)
+    x = images.contiguous(memory_format=torch.channels_last)
+    with attach(model, [1, 4], mode="target") as attachment:
+        attachment.record(targets.contiguous(memory_format=torch.channels_last))
+        model(x).sum().backward()
+        assert attachment._recorded["conv1"][0].memory_format == "channels_last"
+
+
+def test_compiled_model_is_shaped_at_every_call(tiny):
+    torch._dynamo.reset()
+    attachment = attach(tiny, 1, p_zero=0.5)
+    compiled = torch.compile(tiny, backend="eager")
+    outputs = [compiled(images) for _ in range(3)]
+    assert attachment.fired == {"conv1": 3}
+    assert not torch.equal(outputs[0], outputs[1])
