@@ -1,4 +1,4 @@
-// AVX2: 64 elements, eight mask bytes, at a time; what is left goes the plain path. Each function names its target, so
+// AVX2, in steps of whole blocks of 64 elements; what is left goes the plain path. Each function names its target, so
 // that nothing else in this file can be compiled to instructions an older processor lacks.
 #include "kernels.h"
 
@@ -21,7 +21,8 @@
 namespace fastshape::cpu {
 namespace {
 
-constexpr int64_t kBlockBytes = 8;  // mask bytes a block: 64 elements
+constexpr int kStepBlocks = 2;                    // blocks of 64 elements a step
+constexpr int64_t kStepBytes = 8 * kStepBlocks;  // their mask bytes
 
 // ---- lanes: what one vector of each width can do. A lane mask is all ones or all zeros. ----
 
@@ -100,23 +101,27 @@ struct Lanes<Number, 8> {
 
 // ---- masks ----
 
-// Four Philox calls side by side, each word in the low half of a 64-bit lane: that is where the 32 x 32 -> 64 bit
-// multiplication reads it, and where xor may leave rubbish above without harm. Returns four mask bytes.
-FASTSHAPE_AVX2_INLINE uint32_t four_random_bytes(const Mask& mask, __m256i offsets, __m256i threshold) {
-  const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0), multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
+// A random mask as vectors: what every block of it needs.
+struct Draws {
+  __m256i key0[kPhiloxRounds], key1[kPhiloxRounds];  // round keys, one copy a lane
+  __m256i threshold;
+};
+
+FASTSHAPE_AVX2_INLINE Draws draws_of(const Mask& mask) {
+  Draws draws;
   uint32_t k0 = static_cast<uint32_t>(mask.seed), k1 = static_cast<uint32_t>(mask.seed >> 32);
-  __m256i c0 = offsets, c1 = _mm256_srli_epi64(offsets, 32);
-  __m256i c2 = _mm256_setzero_si256(), c3 = _mm256_setzero_si256();
-#pragma GCC unroll 10
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const __m256i product0 = _mm256_mul_epu32(multiplier0, c0), product1 = _mm256_mul_epu32(multiplier1, c2);
-    c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1), _mm256_set1_epi64x(k0));
-    c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3), _mm256_set1_epi64x(k1));
-    c1 = product1;
-    c3 = product0;
+    draws.key0[round] = _mm256_set1_epi64x(k0);
+    draws.key1[round] = _mm256_set1_epi64x(k1);
     k0 += kPhiloxWeyl0;
     k1 += kPhiloxWeyl1;
   }
+  draws.threshold = _mm256_set1_epi16(static_cast<int16_t>(mask.threshold));
+  return draws;
+}
+
+// 32 mask bits from the words of four Philox calls, a call a lane, each word in the low half of its lane.
+FASTSHAPE_AVX2_INLINE uint32_t bits_of(__m256i c0, __m256i c1, __m256i c2, __m256i c3, __m256i threshold) {
   // Sixteen 16-bit draws a vector: elements 0 to 3 of each call in `first`, 4 to 7 in `second`.
   const __m256i first = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
   const __m256i second = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
@@ -127,67 +132,104 @@ FASTSHAPE_AVX2_INLINE uint32_t four_random_bytes(const Mask& mask, __m256i offse
   return static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
 }
 
-// The mask of 64 elements: bit k belongs to element 8 * byte + k.
+// The mask of one step. Words live in the low half of 64-bit lanes: that is where the 32 x 32 -> 64 bit
+// multiplication reads them, and where xor may leave rubbish above without harm. A round is one long chain of
+// dependent steps, so several calls go through it side by side.
+FASTSHAPE_AVX2_INLINE void random_blocks(const Mask& mask, const Draws& draws, int64_t byte, uint64_t* bits) {
+  constexpr int kVectors = 2 * kStepBlocks;
+  const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0), multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
+  __m256i c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+  __m256i offset = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(mask.offset + static_cast<uint64_t>(byte))),
+                                    _mm256_setr_epi64x(0, 1, 2, 3));
+  // The first round, where words 2 and 3 are zero.
+  for (int v = 0; v < kVectors; ++v) {
+    c3[v] = _mm256_mul_epu32(multiplier0, offset);
+    c0[v] = _mm256_xor_si256(_mm256_srli_epi64(offset, 32), draws.key0[0]);
+    c1[v] = _mm256_setzero_si256();
+    c2[v] = _mm256_xor_si256(_mm256_srli_epi64(c3[v], 32), draws.key1[0]);
+    offset = _mm256_add_epi64(offset, _mm256_set1_epi64x(4));
+  }
+#pragma GCC unroll 9
+  for (int round = 1; round < kPhiloxRounds; ++round) {
+    for (int v = 0; v < kVectors; ++v) {
+      const __m256i product0 = _mm256_mul_epu32(multiplier0, c0[v]), product1 = _mm256_mul_epu32(multiplier1, c2[v]);
+      c0[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1[v]), draws.key0[round]);
+      c2[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3[v]), draws.key1[round]);
+      c1[v] = product1;
+      c3[v] = product0;
+    }
+  }
+  for (int b = 0; b < kStepBlocks; ++b) {
+    const uint64_t low = bits_of(c0[2 * b], c1[2 * b], c2[2 * b], c3[2 * b], draws.threshold);
+    const uint64_t high = bits_of(c0[2 * b + 1], c1[2 * b + 1], c2[2 * b + 1], c3[2 * b + 1], draws.threshold);
+    bits[b] = low | high << 32;
+  }
+}
+
+// The mask of one step: bit k of bits[b] belongs to element 8 * byte + 64 * b + k.
 template <MaskSource kSource>
-FASTSHAPE_AVX2_INLINE uint64_t mask_block(const Mask& mask, int64_t byte) {
+FASTSHAPE_AVX2_INLINE void mask_blocks(const Mask& mask, const Draws& draws, int64_t byte, uint64_t* bits) {
   if (kSource == MaskSource::kRandom) {
-    if (mask.threshold > 0xFFFF) return 0;  // does not fit the 16-bit comparison, and keeps nothing
-    const __m256i threshold = _mm256_set1_epi16(static_cast<int16_t>(mask.threshold));
-    const uint64_t base = mask.offset + static_cast<uint64_t>(byte);
-    const __m256i low = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(base)), _mm256_setr_epi64x(0, 1, 2, 3));
-    const __m256i high = _mm256_add_epi64(low, _mm256_set1_epi64x(4));
-    const uint64_t low_bits = four_random_bytes(mask, low, threshold);
-    return low_bits | static_cast<uint64_t>(four_random_bytes(mask, high, threshold)) << 32;
+    random_blocks(mask, draws, byte, bits);
+  } else if (kSource == MaskSource::kBits) {
+    std::memcpy(bits, mask.bits + byte, kStepBlocks * sizeof(uint64_t));
+  } else {
+    for (int b = 0; b < kStepBlocks; ++b) bits[b] = ~uint64_t{0};
   }
-  if (kSource == MaskSource::kBits) {
-    uint64_t bits;
-    std::memcpy(&bits, mask.bits + byte, sizeof bits);
-    return bits;
-  }
-  return ~uint64_t{0};
 }
 
 // ---- kernels ----
 
-// The part of a range that whole blocks fill; the rest is the plain path's.
-int64_t end_of_blocks(int64_t n, Range range) {
+// The part of a range that whole steps fill; the rest is the plain path's.
+int64_t end_of_steps(int64_t n, Range range) {
   const int64_t full_bytes = n / 8 < range.last ? n / 8 : range.last;
-  return full_bytes <= range.first ? range.first : range.first + (full_bytes - range.first) / kBlockBytes * kBlockBytes;
+  return full_bytes <= range.first ? range.first : range.first + (full_bytes - range.first) / kStepBytes * kStepBytes;
+}
+
+// 65536 does not fit the 16-bit comparison. It keeps nothing, and nobody asks for it: the plain path serves.
+bool takes_plain_path(const Mask& mask) { return mask.source == MaskSource::kRandom && mask.threshold > 0xFFFF; }
+
+template <class Number, bool kBinarize, bool kWithinOne>
+FASTSHAPE_AVX2_INLINE void shape_block(const Shape& call, int64_t byte, uint64_t mask) {
+  using L = Lanes<Number>;
+  using Bits = typename Number::Bits;
+  const Bits* x = static_cast<const Bits*>(call.x) + 8 * byte;
+  Bits* y = static_cast<Bits*>(call.y) + 8 * byte;
+  uint64_t within_one = 0;
+#pragma GCC unroll 16
+  for (int k = 0; k < 64; k += L::kCount) {
+    const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
+    const __m256i keep = L::keep(mask >> k);
+    if (kWithinOne) within_one |= L::bits(_mm256_andnot_si256(L::above_one(value), keep)) << k;
+    const __m256i shaped = kBinarize ? _mm256_and_si256(L::positive(value), L::one()) : value;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + k), _mm256_and_si256(shaped, keep));
+  }
+  if (kWithinOne) std::memcpy(call.within_one + byte, &within_one, sizeof within_one);
 }
 
 template <class Number, bool kBinarize, bool kWithinOne, MaskSource kSource>
-FASTSHAPE_AVX2 void shape_blocks(const Shape& call, Range range) {
-  using L = Lanes<Number>;
-  using Bits = typename Number::Bits;
-  const Bits* x = static_cast<const Bits*>(call.x);
-  Bits* y = static_cast<Bits*>(call.y);
-  for (int64_t byte = range.first; byte < range.last; byte += kBlockBytes) {
-    const uint64_t mask = mask_block<kSource>(call.mask, byte);
-    uint64_t within_one = 0;
-#pragma GCC unroll 16
-    for (int k = 0; k < 64; k += L::kCount) {
-      const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 8 * byte + k));
-      const __m256i keep = L::keep(mask >> k);
-      if (kWithinOne) within_one |= L::bits(_mm256_andnot_si256(L::above_one(value), keep)) << k;
-      const __m256i shaped = kBinarize ? _mm256_and_si256(L::positive(value), L::one()) : value;
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + 8 * byte + k), _mm256_and_si256(shaped, keep));
-    }
-    if (kWithinOne) std::memcpy(call.within_one + byte, &within_one, sizeof within_one);
+FASTSHAPE_AVX2 void shape_steps(const Shape& call, Range range) {
+  const Draws draws = draws_of(call.mask);
+  for (int64_t byte = range.first; byte < range.last; byte += kStepBytes) {
+    uint64_t mask[kStepBlocks];
+    mask_blocks<kSource>(call.mask, draws, byte, mask);
+    for (int b = 0; b < kStepBlocks; ++b) shape_block<Number, kBinarize, kWithinOne>(call, byte + 8 * b, mask[b]);
   }
 }
 
 void shape(const Shape& call, Range range) {
-  const int64_t middle = end_of_blocks(call.n, range);
+  if (takes_plain_path(call.mask)) return plain_kernels().shape(call, range);
+  const int64_t middle = end_of_steps(call.n, range);
   with_shape(call, [&](auto number, auto binarize, auto within_one, auto source) {
-    shape_blocks<decltype(number), binarize.value, within_one.value, source.value>(call, {range.first, middle});
+    shape_steps<decltype(number), binarize.value, within_one.value, source.value>(call, {range.first, middle});
   });
   plain_kernels().shape(call, {middle, range.last});
 }
 
 template <class Number>
-FASTSHAPE_AVX2 void pack_blocks(const typename Number::Bits* x, uint8_t* bits, Range range) {
+FASTSHAPE_AVX2 void pack_steps(const typename Number::Bits* x, uint8_t* bits, Range range) {
   using L = Lanes<Number>;
-  for (int64_t byte = range.first; byte < range.last; byte += kBlockBytes) {
+  for (int64_t byte = range.first; byte < range.last; byte += 8) {
     uint64_t packed = 0;
 #pragma GCC unroll 16
     for (int k = 0; k < 64; k += L::kCount)
@@ -197,25 +239,28 @@ FASTSHAPE_AVX2 void pack_blocks(const typename Number::Bits* x, uint8_t* bits, R
 }
 
 void pack(Dtype dtype, const void* x, uint8_t* bits, int64_t n, Range range) {
-  const int64_t middle = end_of_blocks(n, range);
+  const int64_t middle = end_of_steps(n, range);
   with_number(dtype, [&](auto number) {
     using Number = decltype(number);
-    pack_blocks<Number>(static_cast<const typename Number::Bits*>(x), bits, {range.first, middle});
+    pack_steps<Number>(static_cast<const typename Number::Bits*>(x), bits, {range.first, middle});
   });
   plain_kernels().pack(dtype, x, bits, n, {middle, range.last});
 }
 
 template <MaskSource kSource>
-FASTSHAPE_AVX2 void pack_random_blocks(const Mask& mask, uint8_t* bits, Range range) {
-  for (int64_t byte = range.first; byte < range.last; byte += kBlockBytes) {
-    const uint64_t packed = mask_block<kSource>(mask, byte);
-    std::memcpy(bits + byte, &packed, sizeof packed);
+FASTSHAPE_AVX2 void pack_random_steps(const Mask& mask, uint8_t* bits, Range range) {
+  const Draws draws = draws_of(mask);
+  for (int64_t byte = range.first; byte < range.last; byte += kStepBytes) {
+    uint64_t packed[kStepBlocks];
+    mask_blocks<kSource>(mask, draws, byte, packed);
+    std::memcpy(bits + byte, packed, sizeof packed);
   }
 }
 
 void pack_random(const Mask& mask, uint8_t* bits, int64_t n, Range range) {
-  const int64_t middle = end_of_blocks(n, range);
-  with_source(mask.source, [&](auto source) { pack_random_blocks<source.value>(mask, bits, {range.first, middle}); });
+  if (takes_plain_path(mask)) return plain_kernels().pack_random(mask, bits, n, range);
+  const int64_t middle = end_of_steps(n, range);
+  with_source(mask.source, [&](auto source) { pack_random_steps<source.value>(mask, bits, {range.first, middle}); });
   plain_kernels().pack_random(mask, bits, n, {middle, range.last});
 }
 
