@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "differentiable_shape",
     "drop_threshold",
     "pack",
     "pack_random",
@@ -140,3 +141,38 @@ def shape_clipped(
         within_one = within_one & mask
     kept = within_one.as_strided((x.numel(),), (1,))
     return shape(x, rng_state, bits, p_zero, binarize), pack_bool(kept)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The gradient policies as formulas over a bool mask: nothing packed, nothing fused."""
+
+    @staticmethod
+    def forward(ctx, x, rng_state, bits, p_zero, binarize, gradient):
+        mask = _mask(x, rng_state, bits, p_zero)
+        if mask is None:
+            mask = torch.ones_like(x, dtype=torch.bool)
+        kept = mask & (x.abs() <= 1) if gradient == "clipped" else mask
+        ctx.save_for_backward(kept)
+        value = (x > 0).to(x.dtype) if binarize else x
+        return torch.where(mask, value, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (kept,) = ctx.saved_tensors
+        zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
+        return torch.where(kept, grad, zero), None, None, None, None, None
+
+
+def differentiable_shape(
+    x: Tensor,
+    rng_state: Tensor | None = None,
+    bits: Tensor | None = None,
+    p_zero: float = 0.0,
+    binarize: bool = True,
+    gradient: str = "straight_through",
+) -> Tensor:
+    """`shape` with its gradient: dL/dy * M, times 1[abs(x) <= 1] where `gradient` is ``"clipped"``.
+
+    The baseline of tests and benchmarks; `fastshape.shape` gives the same bits.
+    """
+    return _Differentiable.apply(x, rng_state, bits, p_zero, binarize, gradient)

@@ -24,33 +24,6 @@ def reference_arguments(arguments: dict) -> tuple:
     return arguments.get("rng_state"), bits, arguments.get("p_zero", 0.0)
 
 
-class ReferenceShape(torch.autograd.Function):
-    """The gradient policies as formulas over a bool mask, with nothing packed or fused."""
-
-    @staticmethod
-    def forward(ctx, x, arguments, binarize, gradient):
-        rng_state, bits, p_zero = reference_arguments(arguments)
-        if rng_state is not None:
-            bits = reference.pack_random(rng_state, x.numel(), p_zero)
-        mask = (
-            torch.ones(x.numel(), dtype=torch.bool)
-            if bits is None
-            else reference.unpack(bits, x.numel())
-        )
-        mask = mask.as_strided(x.shape, x.stride())
-        ctx.save_for_backward(x, mask)
-        ctx.gradient = gradient
-        value = (x > 0).to(x.dtype) if binarize else x
-        return torch.where(mask, value, torch.zeros((), dtype=x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, mask = ctx.saved_tensors
-        if ctx.gradient == "clipped":
-            mask = mask & (x.abs() <= 1)
-        return torch.where(mask, grad, torch.zeros((), dtype=grad.dtype)), None, None, None
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("binarize", (True, False))
@@ -61,7 +34,9 @@ def test_equals_reference_bit_for_bit(dtype, kind, binarize, inplace, gradient):
         x = awkward(n, dtype)
         arguments = mask_arguments(kind, x)
         expected_x = x.clone().requires_grad_()
-        expected = ReferenceShape.apply(expected_x, arguments, binarize, gradient)
+        expected = reference.differentiable_shape(
+            expected_x, *reference_arguments(arguments), binarize, gradient
+        )
         actual_x = x.clone().requires_grad_()
         actual = fastshape.shape(
             actual_x.clone() if inplace else actual_x,
@@ -148,7 +123,9 @@ def test_channels_last_is_kept_and_numbered_in_memory_order(kind, inplace):
     assert x.is_contiguous(memory_format=torch.channels_last)
     arguments = mask_arguments(kind, x)
     expected_x, actual_x = x.detach().clone().requires_grad_(), x.detach().clone().requires_grad_()
-    expected = ReferenceShape.apply(expected_x, arguments, True, "clipped")
+    expected = reference.differentiable_shape(
+        expected_x, *reference_arguments(arguments), True, "clipped"
+    )
     actual = fastshape.shape(actual_x.clone(), gradient="clipped", inplace=inplace, **arguments)
     assert actual.is_contiguous(memory_format=torch.channels_last)
     assert_same_bits(actual, expected)
