@@ -1,0 +1,206 @@
+"""Train ResNet-18 on one PACS domain and test it on another, with or without shaping.
+
+    python experiments/run.py --target sketch --mode da --layers 4
+
+Each run leaves a folder: config.yaml (run it again with --config), metrics.jsonl (a line per
+epoch), summary.json, checkpoint.pt, curves.png and, for a shaped run, maps.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pictures
+import record
+import torch
+from config import SWITCHES, WHERE, Config, ConfigError, Rule, resolve
+from data import CLASSES, DataError, Domain, load_domain, split_holdout
+from methods import METHODS, Method, ShapingError
+from model import Weights, WeightsError, build_model
+from screen import Screen
+from train import Evaluation, TrainingError, TrainingImages, check_same, train
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses
+
+
+def parser() -> argparse.ArgumentParser:
+    """One option for each switch of `Config`. Values stay text here: `resolve` reads them."""
+    result = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,  # an abbreviation changes its meaning when a switch is added
+        argument_default=argparse.SUPPRESS,  # so that only what was said is in the result
+    )
+    result.add_argument("--config", metavar="FILE", help="yaml file of switches; flags override it")
+    result.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out: with the same flags, or with --out alone",
+    )
+    for name, switch in SWITCHES.items():
+        rule: Rule = switch.metadata["rule"]
+        option = "--" + name.replace("_", "-")
+        if rule.flag:
+            result.add_argument(
+                option, action=argparse.BooleanOptionalAction, help=switch.metadata["help"]
+            )
+            continue
+        result.add_argument(
+            option,
+            nargs="+" if rule.many else None,
+            metavar="|".join(rule.choices) or option[2:].upper(),
+            help=switch.metadata["help"],
+        )
+    return result
+
+
+def said(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
+    """What the user said: switch values of the yaml file and of the flags, and --resume."""
+    flags = vars(parser().parse_args(arguments))
+    resume = flags.pop("resume", False)
+    file = flags.pop("config", None)
+    values = {} if file is None else record.read_yaml(Path(file))
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    values |= flags
+    if resume and "out" in flags and file is None and not set(flags) - set(WHERE):
+        saved = Path(flags["out"]) / "config.yaml"
+        if not saved.is_file():
+            raise ConfigError(f"out: {flags['out']!r} holds no run to resume (no config.yaml)")
+        values = record.read_yaml(saved) | flags
+    return values, resume
+
+
+def open_folder(config: Config, resume: bool, screen: Screen) -> Path:
+    """The run folder, not yet made. Raises ConfigError where another run would be overwritten."""
+    folder = Path(config.out or Path("runs") / config.run_name)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out: {str(folder)!r} is a file; a folder is needed")
+    saved, checkpoint = folder / "config.yaml", folder / "checkpoint.pt"
+    if not resume:
+        # temporary files, which a kill can leave, are hidden
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise ConfigError(
+                f"out: {str(folder)!r} already holds files; continue that run with --resume, or "
+                "name another folder with --out"
+            )
+    elif saved.is_file():
+        check_same(record.read_yaml(saved), config, saved)
+    if resume and not checkpoint.exists():
+        screen.say(f"no checkpoint in {folder} yet: starting from the beginning")
+    return folder
+
+
+@dataclass
+class Experiment:
+    """Everything a run needs, built and checked before anything is written."""
+
+    method: Method
+    weights: Weights
+    images: TrainingImages
+    evaluate: Evaluation
+    target: Domain
+
+
+def build(config: Config) -> Experiment:
+    """Data, model and method of a run.
+
+    Raises ConfigError, DataError or WeightsError for what cannot be.
+    """
+    device = torch.device(config.device)
+    model, weights = build_model(config.weights, len(CLASSES), config.seed)
+    method = METHODS[config.mode](model.to(device), config, device)
+
+    source, target = (
+        load_domain(config.data, name, limit=config.limit, cache=config.cache)
+        for name in (config.source, config.target)
+    )
+    training, held_out = range(len(source.images)), []
+    if config.holdout > 0:
+        training, held_out = split_holdout(source, config.holdout, config.seed)
+    # training gets the target's images alone; its labels go to the evaluation
+    images = TrainingImages(source, training, target.images)
+    images.check_batches(config)
+    sets = {"target": (target, range(len(target.images)))}
+    if len(held_out):
+        sets["holdout"] = (source, held_out)
+    if config.test_set == "source-train":
+        sets["invalid_test"] = (source, training)
+    return Experiment(method, weights, images, Evaluation(sets, config), target)
+
+
+def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Path:
+    """One run, from its switches to its finished folder, which is returned."""
+    folder = open_folder(config, resume, screen)
+    config = replace(config, out=str(folder))
+    finished = folder / "summary.json"
+    if resume and finished.is_file():
+        screen.say(f"this run is finished; its summary, from {finished}:")
+        for line in record.summary_lines(json.loads(finished.read_text()), folder):
+            screen.say(line)
+        return folder
+
+    experiment = build(config)
+    method = experiment.method
+    warnings = warnings + experiment.weights.warnings
+    for warning in warnings:
+        screen.warn(warning)
+    screen.say(
+        f"{config.mode}: {config.source} ({len(experiment.images.source_indices)} images) -> "
+        f"{config.target} ({len(experiment.target.images)}), {config.epochs} epochs on "
+        f"{config.device}, shaped layers: {', '.join(method.layer_names) or 'none'}"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise record.RecordError(f"cannot make folder {folder}: {error.strerror}") from error
+    if not (folder / "config.yaml").exists():
+        record.write_yaml(folder / "config.yaml", config.as_dict())
+
+    rows = train(method, experiment.images, experiment.evaluate, config, folder, screen)
+    method.close()
+    summary = record.summarize(
+        config.as_dict(),
+        rows,
+        layers=method.layer_names,
+        classes=CLASSES,
+        weights={"source": experiment.weights.source, "sha256": experiment.weights.sha256},
+        warnings=warnings,
+    )
+    pictures.curves(folder / "curves.png", rows, config)
+    if method.layer_names:
+        pictures.maps(
+            folder / "maps.png", method.model, config, experiment.images, method.layer_names
+        )
+    # last, for it says that the run is finished
+    record.write_json(finished, summary)
+    for line in record.summary_lines(summary, folder):
+        screen.say(line)
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input, 1 the run failed, 130 interrupted."""
+    screen = Screen()
+    try:
+        values, resume = said(sys.argv[1:] if arguments is None else arguments)
+        config, warnings = resolve(values)
+        run(config, warnings, resume, screen)
+    except (ConfigError, DataError, WeightsError) as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except (record.RecordError, TrainingError, ShapingError) as error:
+        print(f"run.py: failed: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("run.py: interrupted; the same command with --resume continues", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
