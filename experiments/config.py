@@ -181,6 +181,12 @@ class Config:
         "gradient through the binarization",
     )
     at_eval: str = switch("off", choice("off", "binarize", "on"), "shaping while testing")
+    bn_recalibration: bool = switch(
+        False,
+        yes_or_no(),
+        "before each test, measure the BatchNorm statistics anew on the source's training images, "
+        "shaped as in testing (--at-eval): in training they were those of shaped maps",
+    )
     record_mode: str = switch(
         "eval",
         choice("eval", "train"),
@@ -311,7 +317,8 @@ def preset_values(preset: str, mode: str) -> dict[str, Any]:
               image `i % n_target`, batch 256. No shaping while testing in mode da: a test image
               has no recorded map.
     fastshape what this project holds to be sound: straight-through gradient, no shaping while
-              testing, recording that leaves BatchNorm alone, random pairs, a held-out tenth.
+              testing, recording that leaves BatchNorm alone, random pairs, a held-out tenth, and
+              BatchNorm statistics, from source images alone, of the maps that testing sees.
 
     Raises ConfigError for report-a in mode da, which that report did not run.
     """
@@ -336,6 +343,7 @@ def preset_values(preset: str, mode: str) -> dict[str, Any]:
             values |= {"pairing": "modulo", "batch_size": 256}
     elif preset == "fastshape":
         values["holdout"] = 0.1
+        values["bn_recalibration"] = mode != "baseline"
     return values
 
 
@@ -450,6 +458,8 @@ def check(config: Config) -> None:
         refuse("p_zero", "is missing; mode random needs 0 <= p_zero < 1")
     if config.mode != "random" and config.p_zero:
         refuse("p_zero", f"is for mode random; mode {config.mode} draws no random map")
+    if config.bn_recalibration and config.mode == "baseline":
+        refuse("bn_recalibration", "is for modes random and da: baseline tests what it trains")
     if config.product and config.mode != "da":
         refuse("product", f"is for mode da, not for mode {config.mode}")
     if config.product and config.gradient == "clipped":

@@ -6,6 +6,7 @@ argument through which a target label could come.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,28 @@ class Method:
         self.model.eval()
         with self.autocast():
             return self.model(images).float()
+
+    @torch.no_grad()
+    def recalibrate(self, batches: Iterable[Tensor]) -> None:
+        """Measure BatchNorm's running statistics anew, as plain means over `batches`.
+
+        The model runs as in testing but for BatchNorm, which uses each batch's own statistics.
+
+        Args:
+            batches: images, float32 (n, 3, S, S), normalized; n > 1.
+        """
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        self.model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative mean
+            norm.train()
+        with self.autocast():
+            for images in batches:
+                self.model(images.to(self.device, non_blocking=True))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(

@@ -130,6 +130,17 @@ class TrainingImages:
         pairs = zip(loader, batches(target, target_order, config), strict=True)
         yield from ((images, labels, target) for (images, labels), target in pairs)
 
+    def plain(self, config: Config):
+        """Yields the source's training images in batches, as testing sees them: float32."""
+        images = UnlabelledImages(
+            self.source.images, self.source_indices, test_transform(config.image_size)
+        )
+        # In a fixed random order, for a batch of one class alone has statistics of its own; without
+        # a smaller last batch, which would count as much as a whole one.
+        order = epoch_order(config, 0, len(images), 1)[0]
+        size = min(config.batch_size, len(images))
+        return batches(images, order[: len(order) // size * size], config)
+
 
 # --- testing ----------------------------------------------------------------------------------
 
@@ -237,6 +248,8 @@ def train(
     for epoch in range(len(rows) + 1, config.epochs + 1):
         start = time.perf_counter()
         row = {"epoch": epoch} | train_epoch(method, images, config, epoch, screen)
+        if config.bn_recalibration:
+            method.recalibrate(images.plain(config))
         row |= scored(evaluate(method, screen))
         row["seconds"] = time.perf_counter() - start
         rows.append(row)
