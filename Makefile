@@ -23,11 +23,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info fastshape/*.so
+	rm -rf $(VENV) build *.egg-info fastshape/*.so fastshape/_build_facts.json
 
 # torch first, then fastshape without an isolated build: so the kernels are built with the torch that will run them, and
 # torch is fetched once.
-$(VENV)/installed: setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/include/fastshape/*.h)
+$(VENV)/installed: setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/include/fastshape/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch torchvision setuptools pybind11 ninja
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"

@@ -16,7 +16,8 @@ py::tuple philox_words(uint64_t seed, uint64_t offset) {
 py::bytes random_bits(uint64_t seed, uint64_t offset, int64_t n, double p_zero, int64_t chunk_bytes) {
   if (n < 0 || chunk_bytes < 1) throw py::value_error("n must be >= 0 and chunk_bytes >= 1");
   std::string bits(static_cast<size_t>(fastshape::bytes_for(n)), '\0');
-  const auto mask = fastshape::Mask::random(seed, offset, p_zero);
+  const int64_t state[] = {static_cast<int64_t>(seed), static_cast<int64_t>(offset)};
+  const fastshape::Mask mask = fastshape::MaskRequest::random(state, p_zero).read();
   const auto size = static_cast<int64_t>(bits.size());
   for (int64_t first = 0; first < size; first += chunk_bytes)
     fastshape::cpu::kernels().pack_random(mask, reinterpret_cast<uint8_t*>(bits.data()), n, {first, std::min(size, first + chunk_bytes)});

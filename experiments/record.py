@@ -144,7 +144,7 @@ def versions(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
-        "backend": backends["cpu" if device == "cpu" else "other_devices"],
+        "backend": backends[torch.device(device).type],
     }
 
 

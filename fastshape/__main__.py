@@ -2,6 +2,9 @@
 
 from . import __version__, backend_info
 
+_PLACES = {"cpu": "on the CPU", "cuda": "on CUDA", "xpu": "on XPU", "other_devices": "elsewhere"}
+_FACTS = {"native": "kernels", "native_cuda": "CUDA kernels", "triton": "Triton"}
+
 
 def main() -> None:
     info = backend_info()
@@ -9,10 +12,16 @@ def main() -> None:
         "fastshape": __version__,
         "torch": info["torch"],
         "FASTSHAPE_BACKEND": info["requested"],
-        "on the CPU": f"{info['cpu']} ({info['reason']})",
-        "elsewhere": info["other_devices"],
+        **{
+            _PLACES[device]: f"{info[device]} ({reason})"
+            for device, reason in info["reasons"].items()
+        },
         "threads": info["threads"],
-        **{f"kernels: {name}": value for name, value in info["native"].items()},
+        **{
+            f"{label}: {name}": value
+            for key, label in _FACTS.items()
+            for name, value in info[key].items()
+        },
     }
     width = max(map(len, rows))
     for name, value in rows.items():

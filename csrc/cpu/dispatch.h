@@ -1,53 +1,14 @@
-// Turns the run-time facts of a call (dtype, mask source, binarize, ...) into template arguments.
 #pragma once
 
-#include <type_traits>
-
+#include "fastshape/dispatch.h"
 #include "kernels.h"
 
 namespace fastshape::cpu {
 
-template <class F>
-void with_bool(bool value, F&& f) {
-  value ? f(std::true_type{}) : f(std::false_type{});
-}
-
-template <class F>
-void with_float(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kFloat16: return f(Float16{});
-    case Dtype::kBFloat16: return f(BFloat16{});
-    case Dtype::kFloat32: return f(Float32{});
-    case Dtype::kFloat64: return f(Float64{});
-    case Dtype::kByte: return;  // cannot be shaped; the glue refuses it
-  }
-}
-
-template <class F>
-void with_number(Dtype dtype, F&& f) {
-  dtype == Dtype::kByte ? f(Byte{}) : with_float(dtype, f);
-}
-
-template <class F>
-void with_source(MaskSource source, F&& f) {
-  using std::integral_constant;
-  switch (source) {
-    case MaskSource::kNone: return f(integral_constant<MaskSource, MaskSource::kNone>{});
-    case MaskSource::kRandom: return f(integral_constant<MaskSource, MaskSource::kRandom>{});
-    case MaskSource::kBits: return f(integral_constant<MaskSource, MaskSource::kBits>{});
-  }
-}
-
 // Calls `body(number, binarize, keeps_within_one, source)` with each as a type.
 template <class F>
 void with_shape(const Shape& call, F&& body) {
-  with_float(call.dtype, [&](auto number) {
-    with_bool(call.binarize, [&](auto binarize) {
-      with_bool(call.within_one != nullptr, [&](auto within_one) {
-        with_source(call.mask.source, [&](auto source) { body(number, binarize, within_one, source); });
-      });
-    });
-  });
+  fastshape::with_shape(call.dtype, call.binarize, call.within_one != nullptr, call.mask.source, body);
 }
 
 }  // namespace fastshape::cpu

@@ -4,12 +4,12 @@
 
 #include <cstdint>
 
+#include "fastshape/dispatch.h"
 #include "fastshape/mask.h"
-#include "fastshape/shaping.h"
 
 namespace fastshape::cpu {
 
-enum class Dtype { kFloat16, kBFloat16, kFloat32, kFloat64, kByte };
+using fastshape::Dtype;
 
 // Mask bytes [first, last).
 struct Range {

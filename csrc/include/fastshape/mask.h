@@ -24,21 +24,37 @@ inline uint32_t drop_threshold(double p_zero) {
 
 enum class MaskSource { kNone, kRandom, kBits };
 
-// Where M comes from. kNone: all ones. kRandom: (seed, offset, threshold). kBits: packed bits.
+// Where M comes from. kNone: all ones. kRandom: (seed, offset, threshold), the threshold not 0. kBits: packed bits.
 struct Mask {
   MaskSource source = MaskSource::kNone;
   const uint8_t* bits = nullptr;
   uint64_t seed = 0;
   uint64_t offset = 0;
   uint32_t threshold = 0;
+};
 
-  static Mask random(uint64_t seed, uint64_t offset, double p_zero) {
+// A mask as it is asked for: [seed, offset] still in the memory of the device that will draw, so that asking waits for
+// nothing and a captured graph reads what stands there at each replay.
+struct MaskRequest {
+  MaskSource source = MaskSource::kNone;
+  const uint8_t* bits = nullptr;
+  const int64_t* rng_state = nullptr;
+  uint32_t threshold = 0;
+
+  static MaskRequest random(const int64_t* rng_state, double p_zero) {
     const uint32_t threshold = drop_threshold(p_zero);
     // Nothing can be dropped: no need to draw.
     if (threshold == 0) return {};
-    return {MaskSource::kRandom, nullptr, seed, offset, threshold};
+    return {MaskSource::kRandom, nullptr, rng_state, threshold};
   }
-  static Mask packed(const uint8_t* bits) { return {MaskSource::kBits, bits, 0, 0, 0}; }
+  static MaskRequest packed(const uint8_t* bits) { return {MaskSource::kBits, bits, nullptr, 0}; }
+
+  // Reads [seed, offset], where their memory is.
+  FASTSHAPE_FUNCTION Mask read() const {
+    const bool draws = source == MaskSource::kRandom;
+    const int64_t seed = draws ? rng_state[0] : 0, offset = draws ? rng_state[1] : 0;
+    return {source, bits, static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), threshold};
+  }
 };
 
 // Eight decisions from one Philox call: one byte of a random mask. `byte_index` is i / 8; the sum wraps at 2^64.

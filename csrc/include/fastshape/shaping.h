@@ -38,12 +38,14 @@ FASTSHAPE_FUNCTION bool is_positive(typename Number::Bits x) {
   return x > 0 && x <= Number::kInfinity;
 }
 
+// All of a pattern but its sign. Outside the function, where nvcc lets numeric_limits be called.
+template <class Bits>
+constexpr Bits kMagnitude = std::numeric_limits<Bits>::max();
+
 // abs(x) <= 1: false for NaN, whose pattern without its sign is above that of infinity.
 template <class Number>
 FASTSHAPE_FUNCTION bool is_within_one(typename Number::Bits x) {
-  using Bits = typename Number::Bits;
-  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max();  // all but the sign
-  return (x & kMagnitude) <= Number::kOne;
+  return (x & kMagnitude<typename Number::Bits>) <= Number::kOne;
 }
 
 // One shaped element: B(x) * M or x * M. A mask selects: where M is 0 the result is +0, whatever x is.

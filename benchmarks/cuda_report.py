@@ -1,0 +1,164 @@
+"""What nvcc made of the CUDA kernels, read from the built library: no GPU is needed.
+
+    python benchmarks/cuda_report.py [LIBRARY] [--csv FILE]
+
+One row a kernel and architecture: registers, stack and local memory a thread, 16-byte loads and stores, and the instructions
+that the vectorised loop spends on an element. LIBRARY is the installed fastshape._C_cuda by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+_SOURCES = ("none", "random", "bits")  # fastshape::MaskSource
+
+
+@dataclass
+class Kernel:
+    arch: str
+    name: str
+    registers: int = 0
+    stack: int = 0  # bytes a thread, spills among them
+    local: int = 0
+    loads_16: int = 0
+    stores_16: int = 0
+    local_accesses: int = 0  # LDL, STL
+    loop_instructions: int = 0  # of the loop with the most 16-byte loads
+    per_element: float = 0.0
+
+    @property
+    def is_shape(self) -> bool:
+        return self.name.startswith("shape")
+
+
+def tool(name: str) -> str | None:
+    """A CUDA binary utility: beside nvcc, on PATH, or in the copy that Triton ships."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    candidates = [Path(nvcc).resolve().parent / name]
+    if found := shutil.which(name):
+        candidates.append(Path(found))
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        candidates.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name)
+    return next((str(path) for path in candidates if path.is_file()), None)
+
+
+def library() -> Path | None:
+    """The installed fastshape._C_cuda."""
+    spec = importlib.util.find_spec("fastshape._C_cuda")
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+def _readable(symbol: str) -> str:
+    """shape_kernel<Float16, binarize, within_one, random> from its mangled name."""
+    found = re.search(r"\d+([a-z_]+)_kernel", symbol)
+    if not found:
+        return symbol
+    name = found[1]
+    rest = symbol[found.end() :]
+    parts = re.findall(r"NS_\d+(Float\d+|BFloat\d+|Byte)E", rest)
+    flags = [int(value) for value in re.findall(r"Lb([01])E", rest)]
+    if name == "shape":
+        parts += ["binarize"] * flags[0] + ["within_one"] * flags[1]
+    elif name == "unpack":
+        parts += ["aligned"] * flags[0]
+    parts += [_SOURCES[int(value)] for value in re.findall(r"MaskSourceE(\d)E", rest)]
+    return f"{name}<{', '.join(parts)}>"
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def _resources(cuobjdump: str, path: Path) -> dict[tuple[str, str], Kernel]:
+    kernels, arch, symbol = {}, "", ""
+    for line in _run(cuobjdump, "--dump-resource-usage", str(path)).splitlines():
+        if found := re.search(r"arch = (sm_\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"Function (\S+):", line):
+            symbol = found[1]
+        elif "REG:" in line:
+            numbers = {
+                key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)
+            }
+            kernels[arch, symbol] = Kernel(
+                arch, _readable(symbol), numbers["REG"], numbers["STACK"], numbers["LOCAL"]
+            )
+    return kernels
+
+
+def _read_code(kernel: Kernel, code: list[tuple[int, str]]) -> None:
+    """Counts in the disassembly: (address, instruction) in order."""
+    loads = [address for address, text in code if re.search(r"\bLDG\.E\S*\.128", text)]
+    kernel.loads_16 = len(loads)
+    kernel.stores_16 = sum(bool(re.search(r"\bSTG\.E\S*\.128", text)) for _, text in code)
+    kernel.local_accesses = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for _, text in code)
+    best = 0
+    for address, text in code:
+        found = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if not found or int(found[1], 16) > address:
+            continue
+        start = int(found[1], 16)
+        inside = sum(start <= load <= address for load in loads)
+        if inside > best:
+            best = inside
+            kernel.loop_instructions = sum(start <= a <= address for a, _ in code)
+    if best and (bits := re.search(r"Float(\d+)", kernel.name)):
+        kernel.per_element = round(kernel.loop_instructions / (best * 128 / int(bits[1])), 2)
+
+
+def report(path: Path, cuobjdump: str) -> list[Kernel]:
+    """Every kernel of the library, by architecture and name."""
+    kernels = _resources(cuobjdump, path)
+    arch, symbol, code = "", "", []
+
+    def finish():
+        if (arch, symbol) in kernels:
+            _read_code(kernels[arch, symbol], code)
+
+    for line in _run(cuobjdump, "-sass", str(path)).splitlines():
+        if found := re.search(r"arch = (sm_\w+)", line):
+            finish()
+            arch, symbol, code = found[1], "", []
+        elif found := re.search(r"Function : (\S+)", line):
+            finish()
+            symbol, code = found[1], []
+        elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
+            code.append((int(found[1], 16), found[2]))
+    finish()
+    return sorted(kernels.values(), key=lambda k: (k.arch, k.name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", nargs="?", type=Path, default=None)
+    parser.add_argument("--csv", type=Path)
+    arguments = parser.parse_args()
+    path, cuobjdump = arguments.library or library(), tool("cuobjdump")
+    if path is None:
+        sys.exit("fastshape._C_cuda is not built: python -m fastshape says why")
+    if cuobjdump is None:
+        sys.exit("cuobjdump is neither beside nvcc nor on PATH")
+    rows = [asdict(kernel) for kernel in report(path, cuobjdump)]
+    names = [field.name for field in fields(Kernel)]
+    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in names}
+    print("  ".join(f"{name:<{widths[name]}}" for name in names))
+    for row in rows:
+        print("  ".join(f"{row[name]:<{widths[name]}}" for name in names))
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

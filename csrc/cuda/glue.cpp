@@ -1,0 +1,45 @@
+// The CUDA kernels as torch ops, on the current stream of the tensor's device.
+#include "glue.h"
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "kernels.cuh"
+#include "ops.h"
+
+namespace fastshape::cuda {
+namespace {
+
+cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// What the launch said, as torch says it.
+void check(cudaError_t error) { STD_CUDA_CHECK(error); }
+
+struct Backend {
+  static constexpr const char* kKey = "CUDA";
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+
+  explicit Backend(const Tensor& t) : guard(t.get_device_index()), stream(current_stream(t.get_device_index())) {}
+
+  static bool owns(const Tensor& t) { return t.is_cuda(); }
+  static Tensor new_output(const Tensor& x) { return torch::stable::empty_like(x); }
+
+  void shape(const ShapeArguments& call) const { check(cuda::shape(call, stream)); }
+  void pack(Dtype dtype, const void* x, uint8_t* bits, int64_t n) const { check(cuda::pack(dtype, x, bits, n, stream)); }
+  void pack_random(const MaskRequest& mask, uint8_t* bits, int64_t n) const {
+    check(cuda::pack_random(mask, bits, n, stream));
+  }
+  void unpack(const uint8_t* bits, uint8_t* out, int64_t n) const { check(cuda::unpack(bits, out, n, stream)); }
+};
+
+}  // namespace
+
+void register_ops() { Ops<Backend>::register_all(); }
+
+}  // namespace fastshape::cuda

@@ -1,0 +1,19 @@
+// CUDA kernels on raw device pointers and a stream. Nothing waits: each function launches and returns what the launch said.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "fastshape/arguments.h"
+#include "fastshape/dispatch.h"
+#include "fastshape/mask.h"
+
+namespace fastshape::cuda {
+
+cudaError_t shape(const ShapeArguments& call, cudaStream_t stream);                               // y = B(x) * M or x * M
+cudaError_t pack(Dtype dtype, const void* x, uint8_t* bits, int64_t n, cudaStream_t stream);      // bits of x > 0
+cudaError_t pack_random(const MaskRequest& mask, uint8_t* bits, int64_t n, cudaStream_t stream);  // bits of a random mask
+cudaError_t unpack(const uint8_t* bits, uint8_t* out, int64_t n, cudaStream_t stream);            // 0 or 1, a byte each
+
+}  // namespace fastshape::cuda

@@ -1,0 +1,26 @@
+// fastshape._C_cuda: registers the CUDA kernels with torch. A file of its own, because it is linked with torch's CUDA
+// libraries and could not be loaded where torch has none.
+#include <pybind11/pybind11.h>
+
+#include "cuda/glue.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_facts() {
+  py::dict facts;
+  facts["cuda"] = FASTSHAPE_CUDA_VERSION;
+  facts["architectures"] = FASTSHAPE_CUDA_ARCHITECTURES;
+  facts["torch_abi_target"] = FASTSHAPE_TORCH_ABI_TARGET;
+  facts["built_with_torch"] = FASTSHAPE_BUILT_WITH_TORCH;
+  return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C_cuda, m) {
+  m.doc() = "CUDA kernels of fastshape.";
+  m.def("register_ops", &fastshape::cuda::register_ops, "Give torch the CUDA kernels of the fastshape ops.");
+  m.def("build_facts", &build_facts, "What this file was built with.");
+}
