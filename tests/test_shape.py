@@ -239,7 +239,11 @@ def test_saved_for_backward():
 
 
 @pytest.mark.slow
-def test_more_than_2_31_elements(kernels):
+@pytest.mark.skipif(
+    fastshape.backend_info()["cpu"] == "reference",
+    reason="the reference keeps tens of bytes an element: more memory than most machines have",
+)
+def test_more_than_2_31_elements():
     n = 2**31 + 77
     x = torch.ones(n, dtype=torch.float16)
     x[-5:] = -1
