@@ -30,5 +30,5 @@ clean:
 $(VENV)/installed: setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* csrc/include/fastshape/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch torchvision setuptools pybind11 ninja
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,fetch]"
 	touch $@

@@ -122,7 +122,7 @@ def caveats(path: Path, digest: str) -> list[str]:
         ]
     if (path.parent / "README.md").is_file():
         return [
-            f'{name}: results are not with "torchvision V1" but with a local reconstruction; the '
-            "README.md beside the file says what it is worth"
+            f'{name}: a local file, not checked to be "torchvision V1"; the README.md beside it may '
+            "say what it is worth"
         ]
     return [f'{name}: a local file, not checked to be "torchvision V1"']

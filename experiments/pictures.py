@@ -220,7 +220,10 @@ def draw_layer(
     after: Tensor,
     config: Config,
 ) -> None:
-    """Five panels of one layer from its maps (C, H, W)."""
+    """Five panels of one layer from its maps (C, H, W), or (C,), each then one pixel."""
+    before, mask, after = (
+        t.reshape(len(t), 1, 1) if t.dim() == 1 else t for t in (before, mask, after)
+    )
     channels, height, width = before.shape
     # a channel that shows something: both its x and its map have zeros as well as ones
     ones, kept = ((t > 0).flatten(1).float().mean(1) for t in (before, mask))

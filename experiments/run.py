@@ -59,8 +59,11 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def said(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
-    """What the user said: switch values of the yaml file and of the flags, and --resume."""
+def said(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str], bool]:
+    """What the user said: switch values of the yaml file and of the flags, and --resume.
+
+    With them the warnings of the run that wrote the file: how its values came about is not in them.
+    """
     flags = vars(parser().parse_args(arguments))
     resume = flags.pop("resume", False)
     file = flags.pop("config", None)
@@ -72,7 +75,8 @@ def said(arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
         if not saved.is_file():
             raise ConfigError(f"out: {flags['out']!r} holds no run to resume (no config.yaml)")
         values = record.read_yaml(saved) | flags
-    return values, resume
+    warnings = values.pop("warnings", [])
+    return values, [str(warning) for warning in warnings], resume
 
 
 def open_folder(config: Config, resume: bool, screen: Screen) -> Path:
@@ -89,7 +93,9 @@ def open_folder(config: Config, resume: bool, screen: Screen) -> Path:
                 "name another folder with --out"
             )
     elif saved.is_file():
-        check_same(record.read_yaml(saved), config, saved)
+        switches = record.read_yaml(saved)
+        switches.pop("warnings", None)
+        check_same(switches, config, saved)
     if resume and not checkpoint.exists():
         screen.say(f"no checkpoint in {folder} yet: starting from the beginning")
     return folder
@@ -146,7 +152,7 @@ def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Pa
 
     experiment = build(config)
     method = experiment.method
-    warnings = warnings + experiment.weights.warnings
+    warnings = list(dict.fromkeys(warnings + experiment.weights.warnings))
     for warning in warnings:
         screen.warn(warning)
     screen.say(
@@ -159,7 +165,7 @@ def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Pa
     except OSError as error:
         raise record.RecordError(f"cannot make folder {folder}: {error.strerror}") from error
     if not (folder / "config.yaml").exists():
-        record.write_yaml(folder / "config.yaml", config.as_dict())
+        record.write_yaml(folder / "config.yaml", config.as_dict() | {"warnings": warnings})
 
     rows = train(method, experiment.images, experiment.evaluate, config, folder, screen)
     method.close()
@@ -171,11 +177,14 @@ def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Pa
         weights={"source": experiment.weights.source, "sha256": experiment.weights.sha256},
         warnings=warnings,
     )
-    pictures.curves(folder / "curves.png", rows, config)
-    if method.layer_names:
-        pictures.maps(
-            folder / "maps.png", method.model, config, experiment.images, method.layer_names
-        )
+    try:
+        pictures.curves(folder / "curves.png", rows, config)
+        if method.layer_names:
+            pictures.maps(
+                folder / "maps.png", method.model, config, experiment.images, method.layer_names
+            )
+    except (ValueError, RuntimeError, TypeError) as error:  # no picture is worth a result
+        screen.warn(f"a picture could not be drawn: {error}")
     # last, for it says that the run is finished
     record.write_json(finished, summary)
     for line in record.summary_lines(summary, folder):
@@ -187,8 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input, 1 the run failed, 130 interrupted."""
     screen = Screen()
     try:
-        values, resume = said(sys.argv[1:] if arguments is None else arguments)
+        values, earlier, resume = said(sys.argv[1:] if arguments is None else arguments)
         config, warnings = resolve(values)
+        warnings = list(dict.fromkeys(earlier + warnings))
         run(config, warnings, resume, screen)
     except (ConfigError, DataError, WeightsError) as error:
         print(f"run.py: error: {error}", file=sys.stderr)

@@ -65,7 +65,8 @@ def _(bits, n):
     return bits.new_empty((n,), dtype=torch.bool)
 
 
-def _refuse_vmap(info, in_dims, *args):
+def refuse_vmap(info, in_dims, *args):
+    """A mask has no meaning for one sample of a batch that is hidden from it."""
     raise NotImplementedError(
         "fastshape has no vmap rule: a mask is numbered over the memory of one whole tensor. "
         "Call fastshape.shape on the batched tensor outside torch.func.vmap."
@@ -73,4 +74,4 @@ def _refuse_vmap(info, in_dims, *args):
 
 
 for _name in SCHEMAS:
-    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _refuse_vmap)
+    torch.library.register_vmap(f"{NAMESPACE}::{_name}", refuse_vmap)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -35,9 +36,17 @@ class _Tracer(fx.Tracer):
         return name in self.leaves or super().is_leaf_module(module, name)
 
 
-def _call_order(model: nn.Module, names: Sequence[str]) -> list[str] | None:
-    """The calls of the modules `names` in one forward, in order; None where the model cannot be traced."""
+def _count_calls(model: nn.Module, names: Sequence[str], inputs: tuple, kwargs: dict) -> int | None:
+    """How often one forward on such inputs calls the modules `names`; None where it cannot be traced."""
     try:
+        # What the caller leaves out is its default, not an unknown: code may ask whether it is None.
+        signature = inspect.signature(model.forward)
+        given = signature.bind(*inputs, **kwargs).arguments
+        left_out = {
+            name: parameter.default
+            for name, parameter in signature.parameters.items()
+            if name not in given and parameter.default is not inspect.Parameter.empty
+        }
         # Tracing runs the model's own code on proxies. A twin that shares its tensors takes what that code keeps,
         # and has no hooks to meet them.
         twin = copy.deepcopy(
@@ -46,10 +55,10 @@ def _call_order(model: nn.Module, names: Sequence[str]) -> list[str] | None:
         for module in twin.modules():
             module._forward_pre_hooks.clear()
             module._forward_hooks.clear()
-        graph = _Tracer(set(names)).trace(twin)
+        graph = _Tracer(set(names)).trace(twin, concrete_args=left_out)
     except Exception:  # whatever that code may raise
         return None
-    return [n.target for n in graph.nodes if n.op == "call_module" and n.target in names]
+    return sum(n.op == "call_module" and n.target in names for n in graph.nodes) or None
 
 
 class _Site:
@@ -77,8 +86,14 @@ def _keep_out_of_graphs() -> None:
 
     Their counters change at every call, so a graph that captured them would be compiled anew each time. Done once, and
     not where the class is defined: it imports the compiler, which takes seconds.
+
+    The compiler is also told to look at hooks before it reuses code: by default it takes a block that it
+    compiled without a hook for an equal block that has one, and the hook never fires. What it compiled
+    before is thrown away for the same reason.
     """
     _Site.__call__ = torch.compiler.disable(_Site.__call__)
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch._dynamo.reset()
 
 
 class Attachment:
@@ -112,8 +127,9 @@ class Attachment:
         self.fired = dict.fromkeys(names, 0)
         self._recording = False
         self._recorded: dict[str, list[BitMask | Tensor]] = {}
-        self._calls_per_pass: int | None = None  # of the chosen modules in one forward, once known
-        self._order_asked = False
+        # Calls of the chosen modules in one forward, by how the model is called; None: not known yet.
+        self._calls_per_pass: dict[tuple, int | None] = {}
+        self._stop_after: int | None = None
         self._calls = dict.fromkeys(names, 0)  # in the forward under way
         self._last_mask: dict[str, tuple] = {}
         _keep_out_of_graphs()
@@ -128,7 +144,7 @@ class Attachment:
     def record(self, *inputs, **kwargs) -> None:
         """Run the target pass and hold its maps for the forwards that follow, until the next `record`.
 
-        No graph is built, nothing is shaped, and the pass ends at the deepest chosen layer. With
+        No graph is built, this attachment shapes nothing, and the pass ends at the deepest chosen layer. With
         ``record_mode="eval"`` the whole model runs as in evaluation and BatchNorm statistics stay; with
         ``"train"`` it runs as in training and they move. Training flags are put back afterwards.
 
@@ -143,16 +159,16 @@ class Attachment:
         if not self._handles:
             raise RuntimeError("this attachment was removed from its model")
         with self._record_flags():
-            if not self._order_asked:
-                order = _call_order(self.model, self.names)
-                self._calls_per_pass = len(order) if order else None
-                self._order_asked = True
+            way = (len(inputs), *sorted(kwargs), self.model.training)
+            if way not in self._calls_per_pass:
+                self._calls_per_pass[way] = _count_calls(self.model, self.names, inputs, kwargs)
+            self._stop_after = self._calls_per_pass[way]
             self._recorded = {name: [] for name in self.names}
             self._recording = True
             try:
                 self.model(*inputs, **kwargs)
                 # Seen whole: where tracing could not tell, now it is known where the next pass may end.
-                self._calls_per_pass = sum(map(len, self._recorded.values()))
+                self._calls_per_pass[way] = sum(map(len, self._recorded.values()))
             except _Stop:
                 pass
             except BaseException:
@@ -214,7 +230,7 @@ class Attachment:
         # Bits or a copy, at once: a later module may overwrite `output` in place.
         recorded = BitMask.from_tensor(output) if self.mode == "target" else output.detach().clone()
         self._recorded[name].append(recorded)
-        if sum(map(len, self._recorded.values())) == self._calls_per_pass:
+        if sum(map(len, self._recorded.values())) == self._stop_after:
             raise _Stop
 
     def _shape_output(self, name: str, x: Tensor) -> Tensor | None:

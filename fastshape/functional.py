@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _ops
 from .bitmask import _FLOATS, BitMask
 from .layout import MEMORY_FORMATS, memory_format_name
 from .rng import checked_p_zero, checked_rng_state
@@ -19,7 +20,15 @@ def _masked(x, rng_state, bits, p_zero, memory_format):
     return _StraightThrough.apply(x, rng_state, bits, p_zero, False, False, memory_format)
 
 
-class _StraightThrough(torch.autograd.Function):
+class _Unbatched(torch.autograd.Function):
+    """A function of one whole tensor: refuses torch.func.vmap."""
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        _ops.refuse_vmap(info, in_dims, *args)
+
+
+class _StraightThrough(_Unbatched):
     """dL/dx = dL/dy * M. Keeps [seed, offset], or the bits it was given; never x or y."""
 
     @staticmethod
@@ -44,7 +53,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
-class _Clipped(torch.autograd.Function):
+class _Clipped(_Unbatched):
     """dL/dx = dL/dy * M * 1[abs(x) <= 1]. Keeps one bit an element."""
 
     @staticmethod
@@ -126,7 +135,8 @@ def shape(
             the output of a convolution.
 
     Returns:
-        Tensor of x's shape and dtype; x itself with `inplace`.
+        Tensor of x's shape and dtype; with `inplace` x itself, or with gradient ``"zero"`` an alias of x
+        that is cut from the graph.
 
     Raises:
         TypeError: a dtype that cannot be shaped; a mask, p_zero or rng_state of a wrong type.
@@ -148,6 +158,10 @@ def shape(
         raise ValueError("rng_state and generator go with p_zero: only a random mask draws")
     if rng_state is not None and generator is not None:
         raise ValueError("rng_state and generator: give one of them, not both")
+    if inplace and x.is_leaf and x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "inplace=True: x is a leaf that requires a gradient and must keep its values"
+        )
     if gradient == "zero":
         x = x.detach()
 
@@ -164,13 +178,12 @@ def shape(
     elif mask is not None:
         bits = _checked_mask(mask, x, memory_format)
 
-    if inplace and x.is_leaf and x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            "inplace=True: x is a leaf that requires a gradient and must keep its values"
-        )
-    # Strides that are neither dense order, and graphs that torch.compile captures, take a copy: the first must,
-    # the second loses nothing, for the compiler writes in place where it sees fit.
+    # Three take a copy: strides that are neither dense order, which must; graphs that torch.compile captures, which lose
+    # nothing, for the compiler writes in place where it sees fit; and the clipped gradient of a view, for autograd lets
+    # a function write to a view only if it returns nothing else.
     writes_x = inplace and dense is x and not torch.compiler.is_compiling()
+    if writes_x and gradient == "clipped" and x._is_view():
+        writes_x = False
 
     arguments = (dense, rng_state, bits, p_zero or 0.0, binarize, writes_x, memory_format)
     if gradient == "clipped":

@@ -78,6 +78,10 @@ def choose_layers(
     modules = dict(model.named_modules())
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every={every!r}: must be an int of at least 1")
+    if not isinstance(layers, (int, str, Iterable)):
+        raise TypeError(
+            f"layers={layers!r}: must be numbers, names, patterns, a list of these, or 'all'"
+        )
     entries = [layers] if isinstance(layers, (int, str)) else list(layers)
     chosen: list[str] = []
     for entry in entries:

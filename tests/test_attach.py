@@ -450,3 +450,43 @@ def test_compiled_model_is_shaped_at_every_call(tiny):
     outputs = [compiled(images) for _ in range(3)]
     assert attachment.fired == {"conv1": 3}
     assert not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("compiled_before", (False, True))
+def test_compiled_model_with_equal_blocks_is_shaped_in_the_chosen_one(compiled_before):
+    """The compiler reuses a block's code for an equal block; a hook makes it another block."""
+    torch._dynamo.reset()
+    model = resnet18()
+    compiled = torch.compile(model, backend="eager")
+    if compiled_before:
+        compiled(images)
+    attachment = attach(model, 4, p_zero=0.5)
+    first, second = compiled(images), compiled(images)
+    assert attachment.fired == {"layer1.1.conv1": 2}
+    assert not torch.equal(first, second)
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x, extra=None):
+        y = self.conv1(x)
+        return self.conv2(y) if extra is not None else self.conv2(self.conv2(y))
+
+
+def test_what_the_caller_leaves_out_decides_how_far_recording_goes():
+    with attach(Optional(), 2, mode="target") as attachment:
+        for inputs, calls in (((targets,), 2), ((targets, images), 1), ((targets,), 2)):
+            attachment.record(*inputs)
+            assert len(attachment._recorded["conv2"]) == calls
+            before = attachment.fired["conv2"]
+            attachment.model(images, *inputs[1:])
+            assert attachment.fired["conv2"] == before + calls
+
+
+def test_layers_of_a_wrong_type():
+    for layers in (4.0, None):
+        with pytest.raises(TypeError, match=f"layers={layers}: must be numbers, names"):
+            attach(resnet18(), layers, mode="binarize")

@@ -36,7 +36,7 @@ def test_course_template_is_the_common_protocol():
     assert (config.layers, config.p_zero) == ((), None)
 
 
-# What protocol.md's table says each report's code ran.
+# What each report's code ran, as read in it.
 PRESETS = [
     ("report-a", "baseline", {"batch_size": 64, "test_set": "target"}),
     (

@@ -124,9 +124,10 @@ def test_seed_that_does_not_fit():
 def test_in_place_on_a_leaf_loses_nothing():
     leaf = torch.randn(5, requires_grad=True)
     before = leaf.detach().clone()
-    with pytest.raises(RuntimeError, match="leaf that requires a gradient"):
-        shape(leaf, p_zero=0.5, inplace=True)
-    assert torch.equal(leaf, before)
+    for gradient in ("straight_through", "clipped", "zero"):
+        with pytest.raises(RuntimeError, match="leaf that requires a gradient"):
+            shape(leaf, p_zero=0.5, gradient=gradient, inplace=True)
+        assert torch.equal(leaf, before)
 
 
 @pytest.mark.skipif(

@@ -110,7 +110,7 @@ def test_a_readme_beside_the_file_is_a_caveat(state, tmp_path):
     assert "README" not in build_model(path, 7, seed=0)[1].warnings[0]
     (tmp_path / "README.md").write_text("what this is")
     (warning,) = build_model(path, 7, seed=0)[1].warnings
-    assert 'not with "torchvision V1"' in warning
+    assert 'not checked to be "torchvision V1"' in warning
     assert "README.md" in warning
 
 

@@ -130,7 +130,8 @@ def test_the_modes_differ_from_the_first_epoch(runs):
 
 def test_the_recorded_configuration_runs_again_to_the_same_bits(runs, tmp_path, no_pictures):
     saved = runs / "da" / "config.yaml"
-    assert set(yaml.safe_load(saved.read_text())) == set(Config.__dataclass_fields__)
+    switches = set(yaml.safe_load(saved.read_text())) - {"warnings"}
+    assert switches == set(Config.__dataclass_fields__)
     assert run.main(["--config", str(saved), "--out", str(tmp_path / "again")]) == 0
     assert same_weights(weights_of(runs / "da"), weights_of(tmp_path / "again"))
 
@@ -138,7 +139,7 @@ def test_the_recorded_configuration_runs_again_to_the_same_bits(runs, tmp_path, 
 def test_flags_override_the_file(tmp_path):
     path = tmp_path / "some.yaml"
     path.write_text("mode: da\nlayers: [4]\nbatch-size: 8\nlr: 1e-3\n")
-    values, _ = run.said(["--config", str(path), "--layers", "7", "9"])
+    values, _, _ = run.said(["--config", str(path), "--layers", "7", "9"])
     config, _ = resolve(values | {"data": "toy"})
     assert (config.mode, config.layers, config.batch_size, config.lr) == ("da", (7, 9), 8, 1e-3)
 
@@ -444,3 +445,33 @@ def test_real_images(tmp_path):
     assert summary["target_total"] == TOTAL
     assert not any("toy" in warning for warning in summary["warnings"])
     assert Path(summary["config"]["data"]).is_absolute()
+
+
+def test_shaping_after_the_classifier_is_drawn_too(tmp_path):
+    switches = {"mode": "random", "layers": "fc", "p_zero": 0.3, "epochs": 1}
+    assert run.main(tiny(tmp_path / "a", **switches)) == 0
+    assert (tmp_path / "a" / "summary.json").exists() and (tmp_path / "a" / "maps.png").exists()
+
+
+def test_a_picture_that_fails_costs_no_result(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr(run.pictures, "curves", fail)
+    assert run.main(tiny(tmp_path / "a", mode="baseline", epochs=1)) == 0
+    assert (tmp_path / "a" / "summary.json").exists()
+    assert "a picture could not be drawn: no ink" in capsys.readouterr().out
+
+
+def test_warnings_survive_a_resume_and_a_run_from_the_record(tmp_path, no_pictures):
+    switches = {"mode": "baseline", "epochs": 1, "limit": 3, "device": "cpu", "image_size": 32}
+    folder = tmp_path / "a"
+    assert run.main(flags(**switches, data="toy", out=folder)) == 0
+    expected = summary_of(folder)["warnings"]
+    assert any("toy defaults replace" in warning for warning in expected)
+    (folder / "summary.json").unlink()
+    assert run.main(["--resume", "--out", str(folder)]) == 0
+    assert summary_of(folder)["warnings"] == expected
+    again = ["--config", str(folder / "config.yaml"), "--out", str(tmp_path / "b")]
+    assert run.main(again) == 0
+    assert summary_of(tmp_path / "b")["warnings"] == expected

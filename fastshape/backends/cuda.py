@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-_BUILD = "build them with: FASTSHAPE_CUDA=1 pip install --no-build-isolation -e ."
+_BUILD = (
+    "build them with: pip install -U setuptools pybind11 ninja && "
+    "FASTSHAPE_CUDA=1 pip install --no-build-isolation -e ."
+)
 
 
 def _build_facts() -> dict:

@@ -16,12 +16,12 @@ def _load():
             return None, f"the compiled kernels did not load: {error}"
         return None, (
             "the compiled kernels are not built (no compiler at installation, or FASTSHAPE_SKIP_EXT=1); "
-            "build them with: pip install --no-build-isolation -e ."
+            "build them with: pip install -U setuptools pybind11 ninja && pip install --no-build-isolation -e ."
         )
     except ImportError as error:
         return None, (
             f"the compiled kernels did not load: {error}; "
-            "build them again with: pip install --no-build-isolation -e ."
+            "build them again with: pip install -U setuptools pybind11 ninja && pip install --no-build-isolation -e ."
         )
 
 
