@@ -148,7 +148,7 @@ def test_func_grad_works_and_vmap_is_refused():
     x = torch.randn(4, 5)
     grad = torch.func.grad(lambda x: fastshape.shape(x, mask=torch.ones(4, 5)).sum())(x)
     assert torch.equal(grad, torch.ones(4, 5))
-    with pytest.raises((NotImplementedError, RuntimeError), match="vmap"):
+    with pytest.raises(NotImplementedError, match="fastshape has no vmap rule"):
         torch.func.vmap(
             lambda row: fastshape.shape(row, p_zero=0.5, rng_state=fastshape.rng_state(1))
         )(x)
