@@ -164,9 +164,10 @@ struct Ops {
   static void register_all() {
     static TorchLibraryHandle library = nullptr;
     if (library) return;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_impl("fastshape", Backend::kKey, __FILE__, __LINE__, &library));
+    // The check of 2.10's headers: the STABLE_ one beside it is of a later torch, which one may be built with, but not all have.
+    TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_impl("fastshape", Backend::kKey, __FILE__, __LINE__, &library));
     const auto impl = [](const char* name, void (*kernel)(StableIValue*, uint64_t, uint64_t)) {
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_library_impl(library, name, kernel, TORCH_ABI_VERSION));
+      TORCH_ERROR_CODE_CHECK(torch_library_impl(library, name, kernel, TORCH_ABI_VERSION));
     };
     impl("shape", TORCH_BOX(&shape));
     impl("shape_", TORCH_BOX(&shape_));
