@@ -18,11 +18,11 @@ def state_of(seed: int, offset: int) -> torch.Tensor:
     return torch.tensor([signed(seed), signed(offset)])
 
 
-def python_philox(seed: int, offset: int) -> tuple[int, ...]:
-    """Philox4x32-10 in Python's unbounded integers, written from the paper."""
+def python_philox(seed: int, offset: int, high: int = 0) -> tuple[int, ...]:
+    """Philox4x32-10 in Python's unbounded integers, written from the paper. `high`: the counter's upper 64 bits, ours are 0."""
     word = 2**32 - 1
     key = [seed & word, seed >> 32]
-    counter = [offset & word, offset >> 32, 0, 0]
+    counter = [offset & word, offset >> 32, high & word, high >> 32]
     for _ in range(10):
         first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
         counter = [
@@ -35,10 +35,15 @@ def python_philox(seed: int, offset: int) -> tuple[int, ...]:
     return tuple(counter)
 
 
-def test_known_answer_of_the_random123_distribution(kernels):
+def test_known_answers_of_the_random123_distribution(kernels):
     known = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     assert python_philox(0, 0) == known
     assert kernels.philox_words(0, 0) == known
+    # Every bit of key and counter set; and the digits of pi. They vouch for the oracle that the others are held to.
+    ones = 2**64 - 1
+    assert python_philox(ones, ones, ones) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+    pi = python_philox(0x299F31D0A4093822, 0x85A308D3243F6A88, 0x0370734413198A2E)
+    assert pi == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -54,11 +59,12 @@ def test_reference_and_header_agree_with_the_paper(kernels, seed, offset):
     not hasattr(torch.ops.aten, "_philox_randint_"), reason="this torch has no stateless Philox"
 )
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("offset", (0, 1, 2**32 - 1, 2**32, 2**63))
+@pytest.mark.parametrize("offset", (0, 1, 2**32 - 9, 2**32, 2**63 - 9, 2**64 - 9))
 def test_reference_agrees_with_torch(seed, offset):
     drawn = torch.empty(64, dtype=torch.int32)
     torch.ops.aten._philox_randint_(drawn, torch.tensor([seed, offset], dtype=torch.uint64))
     state = state_of(seed, offset)
+    # 16 calls, which on their way carry into the high word, or wrap at 2^64.
     words = reference.philox_words(state[0], state[1] + torch.arange(16)).reshape(-1)
     assert torch.equal(words, drawn.long() & 0xFFFFFFFF)
 
