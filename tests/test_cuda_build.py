@@ -1,12 +1,15 @@
 """Whether the CUDA kernels are built, why, and what nvcc made of them. No GPU is needed."""
 
-import importlib.util
+import os
+import resource
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import cuda_report
 import pytest
+import torch
 
 from fastshape.backends import cuda
 
@@ -67,6 +70,85 @@ def test_architectures(setup):
     ]
 
 
+# ---- the decision, made for real: nvcc on PATH, elsewhere, and nowhere ----
+
+
+def fake_nvcc(home: Path, release: str) -> Path:
+    """Something that answers as nvcc does where the decision asks."""
+    path = home / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"""#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {release}, V{release}.1" ;;
+  --list-gpu-arch) echo compute_80; echo compute_90 ;;
+esac
+""")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def without_nvcc(monkeypatch, tmp_path):
+    """A machine with no nvcc anywhere, and no wishes."""
+    for name in ("CUDA_HOME", "FASTSHAPE_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    may_run = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not str(path).startswith("/usr/local/cuda") and may_run(path, mode)
+    )  # fmt: skip
+
+
+def test_nvcc_is_looked_for_in_CUDA_HOME_then_on_PATH(setup, without_nvcc, monkeypatch, tmp_path):
+    assert setup["find_nvcc"]() is None
+    on_path = fake_nvcc(tmp_path / "path", "13.0")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'empty'}:{on_path.parent}")
+    assert setup["find_nvcc"]() == str(on_path)
+    at_home = fake_nvcc(tmp_path / "home", "12.9")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert setup["find_nvcc"]() == str(at_home)
+    at_home.chmod(0o644)  # there, but nothing to run
+    assert setup["find_nvcc"]() == str(on_path)
+
+
+@pytest.mark.parametrize("release", (None, "13.0", "12.9"))
+def test_nvcc_on_path_decides(setup, without_nvcc, monkeypatch, tmp_path, release):
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    if release:
+        monkeypatch.setenv("PATH", str(fake_nvcc(tmp_path, release).parent))
+    facts = setup["cuda_facts"]()
+    assert facts["built"] is (release == "13.0")
+    if release == "13.0":
+        assert facts["reason"] == "torch has CUDA 13.2, nvcc is of CUDA 13.0"
+        assert facts["nvcc"] == str(tmp_path / "bin" / "nvcc")
+        assert facts["architectures"] == ["8.0", "9.0+PTX"]  # of the default list, what it knows
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+        assert setup["cuda_facts"]()["architectures"] == ["8.6"]
+        monkeypatch.setenv("FASTSHAPE_CUDA", "0")
+        assert setup["cuda_facts"]() == {"built": False, "reason": "FASTSHAPE_CUDA=0"}
+        return
+    wanted = "no nvcc in CUDA_HOME, on PATH" if release is None else "the majors must be equal"
+    assert wanted in facts["reason"]
+    monkeypatch.setenv("FASTSHAPE_CUDA", "1")
+    with pytest.raises(SystemExit, match=f"cannot be built: .*{wanted}"):
+        setup["cuda_facts"]()
+
+
+@pytest.mark.slow
+def test_two_architectures_compile_in_under_a_minute(setup, monkeypatch, tmp_path):
+    nvcc = setup["find_nvcc"]()
+    if nvcc is None:
+        pytest.skip("no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda")
+    monkeypatch.chdir(ROOT)
+    cuda_of = {"nvcc": nvcc, "architectures": ["8.0", "9.0+PTX"]}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    built = Path(setup["compile_kernels"](cuda_of, str(tmp_path)))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert built.stat().st_size > 100_000
+    # The processor's time, of one core: what else runs on the machine does not change it.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
+
+
 # ---- what is said where the kernels cannot be had ----
 
 
@@ -102,12 +184,6 @@ print(cuda.facts())
 
 @pytest.fixture(scope="module")
 def kernels():
-    spec = importlib.util.spec_from_file_location(
-        "cuda_report", ROOT / "benchmarks" / "cuda_report.py"
-    )
-    cuda_report = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = cuda_report  # dataclasses look there
-    spec.loader.exec_module(cuda_report)
     if cuda.error() is not None:
         pytest.skip(cuda.error())
     cuobjdump = cuda_report.tool("cuobjdump")
