@@ -147,8 +147,10 @@ class Config:
     # what is trained
     mode: str = switch(
         "baseline",
-        choice("baseline", "random", "da"),
-        "baseline: no shaping; random: random maps; da: maps recorded from target images",
+        choice("baseline", "random", "da", "adabn", "dropout2d", "dann"),
+        "baseline: no shaping; random: random maps; da: maps recorded from target images; adabn: "
+        "baseline, tested with BatchNorm statistics of target images; dropout2d: whole channels "
+        "dropped while training; dann: domain-adversarial training",
     )
     preset: str = switch(
         "fastshape",
@@ -167,6 +169,19 @@ class Config:
         optional(several(PROBABILITY, "0 <= p_zero < 1, one number or one per layer")),
         "mode random: probability that the map is 0; one number or one per layer",
     )
+    mask_unit: str = switch(
+        "element",
+        choice("element", "channel", "block"),
+        "mode random: what one draw decides: an element, a (sample, channel), a block of its plane",
+    )
+    block_size: int | None = switch(
+        None, optional(whole(1)), "mask_unit block: side of the square blocks, in elements"
+    )
+    epsilon: float = switch(
+        0.0,
+        number("a number from 0", lambda v: 0 <= v < math.inf),
+        "value of the map, in place of 0, where it is not 1",
+    )
     after: str = switch("conv", choice("conv", "bn", "relu"), "kind of layer to shape after")
     every: int = switch(
         1, whole(1), "shape every N-th of the layers: N, 2N, 3N, ... of --layers all"
@@ -174,6 +189,25 @@ class Config:
     binarize: bool = switch(True, yes_or_no(), "binarize the activation before it meets the map")
     product: bool = switch(
         False, yes_or_no(), "mode da: multiply by the target's real values, as report B's code did"
+    )
+    apply_maps: bool = switch(
+        True,
+        yes_or_no(),
+        "mode da: false runs the pass over target images and shapes nothing (with --record-mode "
+        "train, the arm bn-only: what moves is BatchNorm's running statistics)",
+    )
+    top_k: float | None = switch(
+        None,
+        optional(number("0 < top_k <= 1", lambda v: 0 < v <= 1)),
+        "mode da: the map is 1 at this part of its largest values, sample by sample and channel by "
+        "channel, in place of 1 where it is above 0; --product keeps those values and zeroes the "
+        "others",
+    )
+    mask_sources: tuple[str, ...] = switch(
+        (),
+        several(choice(*DOMAINS), " | ".join(DOMAINS)),
+        "mode da: record the maps of these domains, in place of the target's, and take their "
+        "product: domain generalization, training sees no target image; --source may be among them",
     )
     gradient: str = switch(
         "straight_through",
@@ -196,10 +230,30 @@ class Config:
     pairing: str = switch(
         "random",
         choice("random", "modulo"),
-        "mode da: which target image meets a source image: a random one, or number i %% n_target",
+        "modes da, dann: which target image meets a source image: a random one, or number "
+        "i %% n_target",
     )
     target_transform: str = switch(
-        "train", choice("train", "test"), "mode da: augment the target images, or only resize them"
+        "train",
+        choice("train", "test"),
+        "modes da, dann: augment the target images, or only resize them",
+    )
+
+    # the methods beside shaping
+    drop_rate: float | None = switch(
+        None,
+        optional(number("0 <= drop_rate < 1", lambda p: 0 <= p < 1)),
+        "mode dropout2d: probability that a (sample, channel) of the layers is dropped",
+    )
+    dann_weight: float = switch(
+        0.5,
+        number("a number from 0", lambda v: 0 <= v < math.inf),
+        "mode dann: weight of the two domain losses beside the classification loss",
+    )
+    dann_lr_factor: float = switch(
+        1.0,
+        POSITIVE,
+        "mode dann: learning rate of classifier and domain head, over that of the rest",
     )
 
     # what is measured
@@ -234,7 +288,15 @@ class Config:
     )
 
     # optimization
-    epochs: int = switch(30, whole(1), "passes over the source")
+    epochs: int | None = switch(
+        30, optional(whole(1)), "passes over the source; null where --updates says how long"
+    )
+    updates: int | None = switch(
+        None,
+        optional(whole(1)),
+        "optimizer steps in all, in place of --epochs: equal training at any batch size; the last "
+        "epoch may be cut short",
+    )
     batch_size: int = switch(128, whole(1), "source images per update")
     accumulate: int = switch(
         1,
@@ -252,7 +314,8 @@ class Config:
     step_fraction: float = switch(
         0.8,
         number("0 < step_fraction <= 1", lambda v: 0 < v <= 1),
-        "the learning rate drops every int(step_fraction * epochs) epochs",
+        "the learning rate drops every int(step_fraction * epochs) epochs, or as many updates of "
+        "--updates",
     )
     gamma: float = switch(
         0.1, number("0 < gamma <= 1", lambda v: 0 < v <= 1), "factor of that drop"
@@ -279,9 +342,15 @@ class Config:
         return "-".join(part for part in [*parts, self.hash()[:6]] if part)
 
     def hash(self) -> str:
-        """Hex digest of every switch that can change a result."""
-        values = {name: v for name, v in self.as_dict().items() if name not in WHERE}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        """Hex digest of every switch that can change a result; see `hash_of`."""
+        return hash_of(self.as_dict())
+
+    def length(self, images: int) -> tuple[int, int]:
+        """Epochs (the last one perhaps cut short) and updates of a run on that many images."""
+        per_epoch = -(-images // self.batch_size)
+        if self.updates is not None:
+            return -(-self.updates // per_epoch), self.updates
+        return self.epochs, self.epochs * per_epoch
 
     def as_dict(self) -> dict[str, Any]:
         """The switches as plain values for yaml, json and checkpoints: tuples become lists."""
@@ -291,14 +360,58 @@ class Config:
 SWITCHES = {f.name: f for f in fields(Config)}
 
 
+def hash_of(values: Mapping[str, Any]) -> str:
+    """Hex digest of the switches `Config.as_dict()` gives, where a run happens left out.
+
+    Of the data it says toy or PACS and of weights the file's name, so that a run has one hash on
+    every machine.
+    """
+    values = {name: v for name, v in values.items() if name not in WHERE}
+    values["data"] = "toy" if values["data"] == "toy" else "PACS"
+    values["weights"] = Path(values["weights"]).name
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 # --- presets ----------------------------------------------------------------------------------
 
 # Shaping where the user names none: conv 4 is the best layer of report B's target maps, conv 10 is
-# where independent runs agree that random maps help.
+# where independent runs agree that random maps help; dropping whole channels is compared there.
 SHAPING = {
     "baseline": {},
     "random": {"layers": (10,), "p_zero": (0.5,)},
     "da": {"layers": (4,)},
+    "adabn": {},
+    "dropout2d": {"layers": (10,), "drop_rate": 0.5},
+    "dann": {},
+}
+
+# What the published code of each report ran.
+RAN = {"report-a": ("baseline", "random"), "report-b": ("baseline", "random", "da")}
+
+# Switches that mean nothing outside these modes, and there must keep their defaults.
+LAYERED = ("random", "da", "dropout2d")
+MODES_OF = {
+    "layers": LAYERED,
+    "after": LAYERED,
+    "every": LAYERED,
+    "bn_recalibration": LAYERED,
+    "binarize": ("random", "da"),
+    "gradient": ("random", "da"),
+    "at_eval": ("random", "da"),
+    "epsilon": ("random", "da"),
+    "p_zero": ("random",),
+    "mask_unit": ("random",),
+    "block_size": ("random",),
+    "product": ("da",),
+    "apply_maps": ("da",),
+    "top_k": ("da",),
+    "mask_sources": ("da",),
+    "record_mode": ("da",),
+    "pairing": ("da", "dann"),
+    "target_transform": ("da", "dann"),
+    "drop_rate": ("dropout2d",),
+    "dann_weight": ("dann",),
+    "dann_lr_factor": ("dann",),
 }
 
 # The toy is small and drawn: a fresh network learns it in a minute on two CPU cores.
@@ -320,8 +433,11 @@ def preset_values(preset: str, mode: str) -> dict[str, Any]:
               testing, recording that leaves BatchNorm alone, random pairs, a held-out tenth, and
               BatchNorm statistics, from source images alone, of the maps that testing sees.
 
-    Raises ConfigError for report-a in mode da, which that report did not run.
+    Raises ConfigError for a report in a mode that it did not run.
     """
+    if mode not in RAN.get(preset, SHAPING):
+        allowed = " | ".join(RAN[preset])
+        raise ConfigError(f"mode: {mode!r} is not in preset {preset}; allowed: {allowed}")
     common = {
         name: f.default
         for name, f in SWITCHES.items()
@@ -329,8 +445,6 @@ def preset_values(preset: str, mode: str) -> dict[str, Any]:
     }
     values = common | SHAPING[mode]
     if preset == "report-a":
-        if mode == "da":
-            raise ConfigError("mode: 'da' is not in preset report-a; allowed: baseline | random")
         values["batch_size"] = 64
         if mode == "random":
             values |= {"layers": ("all",), "every": 3, "p_zero": (0.2,), "at_eval": "on"}
@@ -343,7 +457,7 @@ def preset_values(preset: str, mode: str) -> dict[str, Any]:
             values |= {"pairing": "modulo", "batch_size": 256}
     elif preset == "fastshape":
         values["holdout"] = 0.1
-        values["bn_recalibration"] = mode != "baseline"
+        values["bn_recalibration"] = mode in LAYERED
     return values
 
 
@@ -390,6 +504,8 @@ def resolve(said: Mapping[str, Any]) -> tuple[Config, list[str]]:
             warnings.append("no --data given and no data/PACS folder: the toy data set is used")
     if data == "toy":
         changed = {k: v for k, v in TOY.items() if k not in said and values[k] != v}
+        if said.get("updates") is not None:
+            changed.pop("epochs", None)
         values |= changed
         warnings.append("toy data: drawn images, not PACS; nothing here compares with a report")
         if changed:
@@ -404,6 +520,10 @@ def resolve(said: Mapping[str, Any]) -> tuple[Config, list[str]]:
         values["every"] = 1
     if said.get("product") and "binarize" not in said:
         values["binarize"] = False
+    if said.get("apply_maps") is False:
+        values["bn_recalibration"] = False  # it would undo what the pass over target images does
+    if said.get("updates") is not None:
+        values["epochs"] = None
     values |= said | {"data": data}
     if values["weights"] not in ("imagenet", "none"):
         values["weights"] = str(Path(values["weights"]).expanduser().resolve())
@@ -414,6 +534,11 @@ def resolve(said: Mapping[str, Any]) -> tuple[Config, list[str]]:
 
     config = Config(**values)
     check(config)
+    if config.record_mode == "train" and config.bn_recalibration:
+        warnings.append(
+            "bn_recalibration measures BatchNorm anew on source images before each test: what "
+            "record_mode train moves is not in the figures"
+        )
     if config.limit is not None:
         warnings.append(f"limit {config.limit}: only that many images per class, not whole domains")
     if config.test_set == "source-train":
@@ -450,26 +575,37 @@ def check(config: Config) -> None:
     if config.target == config.source:
         others = " | ".join(name for name in DOMAINS if name != config.source)
         refuse("target", f"is also the source; allowed with this source: {others}")
-    if config.mode == "baseline" and config.layers:
-        refuse("layers", "given, but mode baseline shapes none; use --mode random or --mode da")
-    if config.mode != "baseline" and not config.layers:
+    for name, modes in MODES_OF.items():
+        if config.mode not in modes and getattr(config, name) != SWITCHES[name].default:
+            refuse(name, f"is for mode{'s' * (len(modes) > 1)} {' and '.join(modes)}, not for mode "
+                   f"{config.mode}; allowed here: {SWITCHES[name].default!r}")  # fmt: skip
+    if config.mode in LAYERED and not config.layers:
         refuse("layers", f"is empty; mode {config.mode} needs at least one of: {LAYERS}")
     if config.mode == "random" and not config.p_zero:
         refuse("p_zero", "is missing; mode random needs 0 <= p_zero < 1")
-    if config.mode != "random" and config.p_zero:
-        refuse("p_zero", f"is for mode random; mode {config.mode} draws no random map")
-    if config.bn_recalibration and config.mode == "baseline":
-        refuse("bn_recalibration", "is for modes random and da: baseline tests what it trains")
-    if config.product and config.mode != "da":
-        refuse("product", f"is for mode da, not for mode {config.mode}")
+    if config.mode == "dropout2d" and config.drop_rate is None:
+        refuse("drop_rate", "is missing; mode dropout2d needs 0 <= drop_rate < 1")
+    if (config.mask_unit == "block") != (config.block_size is not None):
+        refuse("block_size", f"with mask_unit {config.mask_unit}; block needs a whole number from "
+               "1, element and channel have none")  # fmt: skip
     if config.product and config.gradient == "clipped":
         refuse("gradient", "is not for --product; allowed with it: straight_through | zero")
     if config.product and config.binarize:
         refuse("product", "means no binarization; use --no-binarize or --no-product")
+    if config.product and config.epsilon:
+        refuse("epsilon", "is not for --product, whose map has no zeros to replace; allowed: 0.0")
     if config.mode == "da" and config.at_eval == "on":
         refuse(
             "at_eval", "is for mode random: a test image has no recorded map; use off | binarize"
         )
+    if config.target in config.mask_sources:
+        others = " | ".join(name for name in DOMAINS if name != config.target)
+        refuse("mask_sources", f"has the target in it; allowed with this target: {others}")
+    if len(set(config.mask_sources)) < len(config.mask_sources):
+        refuse("mask_sources", "names a domain twice; allowed: each domain once")
+    if (config.epochs is None) == (config.updates is None):
+        refuse("epochs", f"and updates {config.updates!r}: one of them says how long to train; "
+               "allowed: a whole number from 1 for one, null for the other")  # fmt: skip
     if config.nesterov and config.momentum == 0:
         refuse("nesterov", "needs a momentum above 0; use --no-nesterov or another --momentum")
     if config.accumulate > config.batch_size:

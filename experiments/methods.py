@@ -1,18 +1,23 @@
 """Ways to train a classifier for another domain: one class each, with `update` and `predict`.
 
-A method gets source images with their labels and, if it `uses_target`, target images. There is no
-argument through which a target label could come.
+A method gets source images with their labels and, if it `uses_target`, target images (or, for
+domain generalization, images of other domains). There is no argument through which a target label
+could come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from config import Config, ConfigError
+from model import DomainHead, ReverseGradient
 from torch import Tensor, nn
 from torch.nn import functional as F
+from variants import ChannelDropout, Maps
 
 import fastshape
 
@@ -38,6 +43,13 @@ class Method:
         model: classifier on `device`, images (n, 3, S, S) -> logits (n, n_classes).
         config: optimizer, schedule and autocast are built from it.
         device: where images arrive and the model is.
+
+    Attributes:
+        passes: training passes so far; accumulation makes several per update.
+        progress: share of training that is done, 0 to 1. Whoever calls `update` sets it before.
+        bn_moved: 0-d bool on the device: did a pass over other images than the source's move
+            BatchNorm's running statistics in training? None: there was no such pass since it was
+            last set to None.
     """
 
     uses_target = False
@@ -47,22 +59,27 @@ class Method:
         self.model = model
         self.config = config
         self.device = device
-        self.passes = 0  # training passes so far; accumulation makes several per update
+        self.passes = 0
+        self.progress = 0.0
+        self.bn_moved: Tensor | None = None
         self.optimizer = torch.optim.SGD(
             self.parameters(),
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
+            # takes the scaler's word on the device: without it each update waits for the GPU
+            fused=device.type == "cuda",
         )
-        step_size = max(1, int(config.step_fraction * config.epochs))
+        # steps once per epoch, or once per update where those are what is counted
+        step_size = max(1, int(config.step_fraction * (config.updates or config.epochs)))
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size, config.gamma)
         self.amp_dtype = AUTOCAST_DTYPES[config.amp]
         # float16 gradients underflow without scaling; bfloat16 has the range of float32
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Everything the optimizer moves."""
+    def parameters(self) -> list[Any]:
+        """Everything the optimizer moves: parameters, or groups of them."""
         return list(self.model.parameters())
 
     def loss(self, images: Tensor, labels: Tensor, target_images: Tensor | None) -> tuple:
@@ -76,7 +93,8 @@ class Method:
         Args:
             images: float32 (n, 3, S, S), normalized.
             labels: int64 (n,).
-            target_images: float32 (n, 3, S, S), for a method that `uses_target`; else None.
+            target_images: float32 (n, 3, S, S), for a method that `uses_target`; else None. With
+                k `mask_sources`: (n, k, 3, S, S).
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -95,6 +113,8 @@ class Method:
             self.passes += 1
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.config.updates is not None:
+            self.schedule.step()
         return Step(loss_sum, correct, len(images))
 
     @torch.no_grad()
@@ -113,7 +133,7 @@ class Method:
         Args:
             batches: images, float32 (n, 3, S, S), normalized; n > 1.
         """
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = self.norms()
         momenta = [norm.momentum for norm in norms]
         self.model.eval()
         for norm in norms:
@@ -126,6 +146,19 @@ class Method:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
+    @contextmanager
+    def adapted(self, batches: Iterable[Tensor]) -> Iterator[None]:
+        """How the target is tested: around its test, with its images in batches, without labels."""
+        yield
+
+    def norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
+        kind = nn.modules.batchnorm._BatchNorm
+        return [module for module in self.model.modules() if isinstance(module, kind)]
+
+    def statistics(self) -> Tensor:
+        """A copy of BatchNorm's running means and variances, one after the other."""
+        return torch.cat([t for n in self.norms() for t in (n.running_mean, n.running_var)])
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(
             self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
@@ -133,6 +166,10 @@ class Method:
 
     def fired(self) -> dict[str, int]:
         """How often each shaped layer was shaped so far, tests included."""
+        return {}
+
+    def density(self) -> dict[str, float]:
+        """Share of ones in the map each shaped layer used last. Waits for the device."""
         return {}
 
     def close(self) -> None:
@@ -165,8 +202,15 @@ class RandomMaps(Method):
     def fired(self) -> dict[str, int]:
         return {name: int(count) for name, count in self.attachment.fired.items()}
 
+    def density(self) -> dict[str, float]:
+        return self.attachment.density
+
     def close(self) -> None:
         self.attachment.remove()
+
+
+class Dropout2d(RandomMaps):
+    """Whole channels of the chosen layers are dropped while training."""
 
 
 class TargetMaps(RandomMaps):
@@ -175,24 +219,99 @@ class TargetMaps(RandomMaps):
     uses_target = True
 
     def loss(self, images: Tensor, labels: Tensor, target_images: Tensor | None) -> tuple:
-        self.attachment.record(target_images)
+        domains = target_images.unbind(1) if self.config.mask_sources else (target_images,)
+        before = self.statistics()
+        self.attachment.record(*domains)
+        moved = (self.statistics() != before).any()
+        self.bn_moved = moved if self.bn_moved is None else self.bn_moved | moved
         return super().loss(images, labels, target_images)
 
 
-METHODS = {"baseline": Method, "random": RandomMaps, "da": TargetMaps}
+class AdaBN(Method):
+    """Source only, but the target is tested with BatchNorm statistics of its own images.
+
+    They are plain means over batches of the whole target, and are taken back after the test: training
+    and the tests on the source never see them.
+    """
+
+    @contextmanager
+    def adapted(self, batches: Iterable[Tensor]) -> Iterator[None]:
+        buffers = [buffer for norm in self.norms() for buffer in norm.buffers()]
+        kept = [buffer.clone() for buffer in buffers]
+        self.recalibrate(batches)
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
 
 
-def attach(model: nn.Module, config: Config) -> fastshape.Attachment:
+class Dann(Method):
+    """Domain-adversarial training: features from which a head cannot tell source from target.
+
+    loss = CE(source) + w (BCE(source) + BCE(target)), w being config.dann_weight. The head sits behind
+    a reversal of gradients, of weight `reversal(progress)`. Source and target images go through the
+    network in one batch, so BatchNorm sees both.
+    """
+
+    uses_target = True
+
+    def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
+        self.body = nn.Sequential(*(m for name, m in model.named_children() if name != "fc"))
+        self.classifier = model.fc
+        self.head = DomainHead(model.fc.in_features, config.seed).to(device)
+        super().__init__(model, config, device)
+
+    def parameters(self) -> list[Any]:
+        heads = [*self.classifier.parameters(), *self.head.parameters()]
+        lr = self.config.lr * self.config.dann_lr_factor
+        return [{"params": list(self.body.parameters())}, {"params": heads, "lr": lr}]
+
+    def loss(self, images: Tensor, labels: Tensor, target_images: Tensor | None) -> tuple:
+        n = len(images)
+        features = self.body(torch.cat([images, target_images])).flatten(1)
+        logits = self.classifier(features[:n])
+        domain = self.head(ReverseGradient.apply(features, reversal(self.progress))).squeeze(1)
+        of_source, of_target = domain[:n], domain[n:]
+        told_apart = F.binary_cross_entropy_with_logits(of_source, torch.zeros_like(of_source))
+        told_apart += F.binary_cross_entropy_with_logits(of_target, torch.ones_like(of_target))
+        self.bn_moved = torch.ones((), dtype=torch.bool, device=self.device)  # by one joint batch
+        return F.cross_entropy(logits, labels) + self.config.dann_weight * told_apart, logits
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"head": self.head.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.head.load_state_dict(state["head"])
+
+
+def reversal(progress: float) -> float:
+    """DANN's lambda: 2 / (1 + exp(-10 p)) - 1, from 0 at p = 0 to nearly 1 at p = 1."""
+    return 2 / (1 + math.exp(-10 * progress)) - 1
+
+
+METHODS = {
+    "baseline": Method,
+    "random": RandomMaps,
+    "da": TargetMaps,
+    "adabn": AdaBN,
+    "dropout2d": Dropout2d,
+    "dann": Dann,
+}
+
+
+def attach(model: nn.Module, config: Config) -> fastshape.Attachment | Maps | ChannelDropout:
     """Shape `model` as `config` says. Raises ConfigError for layers it does not have."""
-    mode = "random" if config.mode == "random" else "product" if config.product else "target"
+    mode = {"random": "random", "da": "product" if config.product else "target"}
     p_zero = config.p_zero
     if p_zero is not None:
         p_zero = p_zero[0] if len(p_zero) == 1 else list(p_zero)
     try:
-        return fastshape.attach(
+        attachment = fastshape.attach(
             model,
             "all" if config.layers == ("all",) else list(config.layers),
-            mode=mode,
+            mode=mode.get(config.mode, "binarize"),
             p_zero=p_zero,
             after=config.after,
             every=config.every,
@@ -203,6 +322,14 @@ def attach(model: nn.Module, config: Config) -> fastshape.Attachment:
         )
     except ValueError as error:  # its message names the argument, the value and what exists
         raise ConfigError(str(error)) from error
+    own = config.mask_unit != "element" or config.epsilon > 0 or config.top_k is not None
+    own |= bool(config.mask_sources) or config.record_mode == "train" or not config.apply_maps
+    if config.mode != "dropout2d" and not own:
+        return attachment
+    attachment.remove()
+    if config.mode == "dropout2d":
+        return ChannelDropout(model, attachment.names, config.drop_rate)
+    return Maps(model, attachment.names, attachment.p_zero, config)
 
 
 def check_fired(fired: dict[str, int], passes: int) -> None:

@@ -1,10 +1,10 @@
-"""ResNet-18 with a fresh classifier, and where its weights come from."""
+"""ResNet-18 with a fresh classifier, where its weights come from, and the domain head of DANN."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,3 +126,43 @@ def caveats(path: Path, digest: str) -> list[str]:
             "say what it is worth"
         ]
     return [f'{name}: a local file, not checked to be "torchvision V1"']
+
+
+# --- domain-adversarial training --------------------------------------------------------------
+
+HIDDEN = 1024  # width of the domain head's two hidden layers
+
+
+class ReverseGradient(torch.autograd.Function):
+    """The identity, whose gradient is -weight times what comes back: dL/dx = -weight * dL/dy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return -ctx.weight * grad, None
+
+
+class DomainHead(nn.Sequential):
+    """Which domain do features come from? (n, features) -> logits (n, 1), on the CPU.
+
+    Args:
+        features: width of the input.
+        seed: of the initial weights. The global random stream is left alone.
+    """
+
+    def __init__(self, features: int, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            super().__init__(
+                nn.Linear(features, HIDDEN),
+                nn.BatchNorm1d(HIDDEN),
+                nn.ReLU(),
+                nn.Linear(HIDDEN, HIDDEN),
+                nn.BatchNorm1d(HIDDEN),
+                nn.ReLU(),
+                nn.Linear(HIDDEN, 1),
+            )

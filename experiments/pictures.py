@@ -39,7 +39,7 @@ def curves(path: Path, rows: Sequence[dict[str, Any]], config: Config) -> None:
     """Accuracy (percent) and training loss over the epochs of a run."""
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    shaped = "" if config.mode == "baseline" else f", layers {' '.join(map(str, config.layers))}"
+    shaped = f", layers {' '.join(map(str, config.layers))}" if config.layers else ""
     figure.suptitle(
         f"{config.mode}{shaped}: {config.source} to {config.target}, seed {config.seed}"
     )
@@ -65,7 +65,7 @@ def curves(path: Path, rows: Sequence[dict[str, Any]], config: Config) -> None:
 
     losses = [row["train_loss"] for row in rows]
     loss.plot(epochs, losses, marker="o", ms=4, color=SOURCE)
-    loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (mean per image, nats)")
+    loss.set(title="Training loss", xlabel="epoch", ylabel="loss (mean per image, nats)")
     loss.set_ylim(0, max(losses) * 1.08)
     for earlier, later in zip(rows, rows[1:], strict=False):
         if later["lr"] != earlier["lr"]:
@@ -73,7 +73,7 @@ def curves(path: Path, rows: Sequence[dict[str, Any]], config: Config) -> None:
             loss.text(earlier["epoch"] + 0.5, 0.98, f" lr {later['lr']:g}", color=GREY, va="top",
                       transform=loss.get_xaxis_transform())  # fmt: skip
     for axes in (accuracy, loss):
-        axes.set_xlim(0.5, config.epochs + 0.5)
+        axes.set_xlim(0.5, len(rows) + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -98,18 +98,20 @@ def maps(
     shown = [layers[i] for i in picks]
     source_rows = spread(len(images.source_indices))
     source_rows = [int(images.source_indices[i]) for i in source_rows]
-    target_rows = spread(len(images.target_images))
     inputs = network_input(images.source.images, source_rows, config)
-    target = None
-    if config.mode == "da":
-        target = network_input(images.target_images, target_rows, config)
+    # the images whose maps are recorded, a batch for each of their domains; none in mode random
+    recorded, domains = [], config.mask_sources or (config.target,)
+    for name, (other, indices) in zip(domains, images.unlabelled, strict=False):
+        other_rows = [int(indices[i]) for i in spread(len(indices))]
+        recorded.append((name, other[other_rows[0]], network_input(other, other_rows, config)))
+    target = [batch for _, _, batch in recorded]
     before, after = activations(model, config, shown, inputs, target, ones=False)
     # what shaping makes of a map of ones is the map it multiplies by, read without any inside
     _, mask = activations(model, config, shown, inputs, target, ones=True)
 
     pictures = [(f"source: {config.source}", images.source.images[source_rows[0]])]
-    if config.mode == "da":
-        pictures.append((f"target: {config.target}", images.target_images[target_rows[0]]))
+    kind = "maps of" if config.mask_sources else "target:"
+    pictures += [(f"{kind} {name}", picture) for name, picture, _ in recorded[:2]]
     figure = Figure(figsize=(12.5, 2.35 * (len(shown) + 1) + 0.6), layout="compressed")
     figure.suptitle(f"Activation shaping of one image: {describe(config)}")
     grid = figure.subplots(len(shown) + 1, 5, squeeze=False)
@@ -146,13 +148,13 @@ def activations(
     config: Config,
     names: Sequence[str],
     inputs: Tensor,
-    target: Tensor | None,
+    target: Sequence[Tensor],
     ones: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Maps (n, C, H, W) before and after shaping, by layer, in one training pass.
 
     Args:
-        target: images whose maps are recorded first, in mode da.
+        target: images whose maps are recorded first, in mode da; a batch for each domain.
         ones: feed the shaping of each layer ones instead of its activation.
     """
     model = copy.deepcopy(model).train()
@@ -160,8 +162,8 @@ def activations(
     after: dict[str, Tensor] = {}
     torch.manual_seed(config.seed)  # both passes must draw the same random maps
     with attach(model, config) as attachment:
-        if target is not None:
-            attachment.record(target)
+        if target:
+            attachment.record(*target)
         for name in names:
             module = model.get_submodule(name)
 
@@ -181,19 +183,23 @@ def activations(
 def describe(config: Config) -> str:
     if config.mode == "random":
         p_zero = ", ".join(f"{p:g}" for p in config.p_zero)
-        return f"random maps, p_zero {p_zero}"
+        unit = "" if config.mask_unit == "element" else f" per {config.mask_unit}"
+        return f"random maps{unit}, p_zero {p_zero}"
     kind = "real-valued maps" if config.product else "binarized maps"
-    return f"{kind} of the target"
+    top = "" if config.top_k is None else f", top {config.top_k:g}"
+    return f"{kind} of {' and '.join(config.mask_sources) or 'the target'}{top}"
 
 
 def explain(axes: Axes, config: Config, shown: int, total: int) -> None:
     """A few lines on how to read the rows below."""
     activation = "1[x > 0]" if config.binarize else "x"
+    kind = "product of the other images' maps" if config.mask_sources else "map of the target image"
+    kind = "map drawn at random" if config.mode == "random" else kind
     lines = [
         f"y = {activation} · m",
         "",
         "x  activation before shaping",
-        "m  " + ("map drawn at random" if config.mode == "random" else "map of the target image"),
+        f"m  {kind}",
         "y  what the next layer gets",
         "",
         "columns 1 to 3: one channel, in which x and m change sign often",
@@ -226,10 +232,11 @@ def draw_layer(
     )
     channels, height, width = before.shape
     # a channel that shows something: both its x and its map have zeros as well as ones
-    ones, kept = ((t > 0).flatten(1).float().mean(1) for t in (before, mask))
+    not_zero = ((before > 0), (mask > config.epsilon))
+    ones, kept = (t.flatten(1).float().mean(1) for t in not_zero)
     channel = int((ones * (1 - ones) * kept * (1 - kept)).argmax())
     binary = {"cmap": BINARY, "vmin": 0, "vmax": 1}
-    map_title = "map m" if config.product else f"map m ({100 * mask[channel].mean():.0f} % ones)"
+    map_title = "map m" if config.product else f"map m ({100 * kept[channel]:.0f} % ones)"
     x, m, y = before[channel], mask[channel], after[channel]
     mean_x, mean_y = before.mean(0), after.mean(0)
     panels = [

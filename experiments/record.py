@@ -1,25 +1,39 @@
-"""What a run leaves behind: files that are whole or absent, and the figures in them.
+"""What a run leaves behind: files that are whole or absent, the figures in them, and their check.
 
 Every file is written next to its final place and then renamed over it, so a reader, a kill or a
 full disk finds the old file or the new one, never half of one.
+
+summary.json is a function of config.yaml, of metrics.jsonl and of a few facts in itself (versions,
+weights, names of layers), and carries a seal over all three files. `check` computes both again: it
+finds a file that was edited, cut or exchanged. It is no signature: whoever runs this code can seal
+what they like.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+import toy
 import yaml
+from config import REPOSITORY, SWITCHES, Config, hash_of
+from data import OFFICIAL_COUNTS
 from torch import Tensor
 
 import fastshape
+
+# Of what summary.json and metrics.jsonl hold. To be raised when a reader of old ones would err.
+RECORD_VERSION = 1
 
 
 class RecordError(OSError):
@@ -76,6 +90,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RecordError(f"{path} holds no switches; expected lines such as `mode: random`")
     return value
+
+
+def read_json(path: Path) -> Any:
+    """What a json file holds. Raises RecordError."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RecordError(f"cannot read {path}: half-written, or no json ({error})") from error
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """What a file of json lines holds. Raises RecordError naming the line."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"cannot read {path}: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RecordError(
+                f"cannot read {path}: line {number} is half-written, or no json ({error})"
+            ) from error
+    return rows
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -136,7 +177,7 @@ def figures(confusion: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def versions(device: str) -> dict[str, str]:
+def versions(device: str) -> dict[str, str | None]:
     """What computed a run on `device`, for its record."""
     backends = fastshape.backend_info()
     return {
@@ -145,7 +186,22 @@ def versions(device: str) -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
         "backend": backends[torch.device(device).type],
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "commit": commit(),
     }
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit that runs, with "-dirty" where files differ from it; None where git cannot tell."""
+    if not (REPOSITORY / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def summarize(
@@ -155,21 +211,27 @@ def summarize(
     layers: Sequence[str],
     classes: Sequence[str],
     weights: Mapping[str, Any],
-    warnings: Sequence[str],
+    versions: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The run's result: a function of its switches and its epoch rows alone.
+    """The run's result: a function of its arguments alone.
+
+    Beside the last epoch's figures stand those of the epoch that is best on held-out source images
+    (selected_*, None without any) and of the one that is best on the target (oracle_*: a choice by
+    target labels, no result). Of equals the earliest.
 
     Args:
-        config: `Config.as_dict()`.
+        config: what config.yaml holds: `Config.as_dict()`, and `warnings`, what a reader must know.
         rows: one per epoch; the last one is the published figure, whichever epoch was best.
         layers: module names of the shaped layers.
         classes: names of the classes.
         weights: source and sha256 of the initial weights.
-        warnings: what a reader must know, most important first.
+        versions: what computed the run.
     """
+    config = dict(config)
+    warnings = list(config.pop("warnings", []))
     last = rows[-1]
-    target = figures(torch.tensor(last["target_confusion"]), classes)
-    warnings = list(warnings)
+    tests = [figures(torch.tensor(row["target_confusion"]), classes) for row in rows]
+    target = tests[-1]
     if target["collapsed"]:
         warnings.append(f"collapsed: every target image is called {target['collapsed_to']}")
     summary = {
@@ -179,7 +241,9 @@ def summarize(
         "layers": config["layers"],
         "layer_names": list(layers),
         "seed": config["seed"],
-        "epochs": config["epochs"],
+        "epochs": len(rows),
+        "updates": sum(row["updates"] for row in rows),
+        "passes": sum(row["passes"] for row in rows),
         "target_correct": target["correct"],
         "target_total": target["total"],
         "target_accuracy": target["accuracy"],
@@ -191,8 +255,11 @@ def summarize(
         "source_train_accuracy": last["source_train_accuracy"],
         "train_loss": last["train_loss"],
     }
+    chosen = {"selected": None, "oracle": best([test["correct"] for test in tests])}
     if "holdout_confusion" in last:
-        held_out = figures(torch.tensor(last["holdout_confusion"]), classes)
+        held_out_tests = [figures(torch.tensor(row["holdout_confusion"]), classes) for row in rows]
+        held_out = held_out_tests[-1]
+        chosen["selected"] = best([test["correct"] for test in held_out_tests])
         summary["source_accuracy"] = held_out["accuracy"]
         summary["source_correct"] = held_out["correct"]
         summary["source_total"] = held_out["total"]
@@ -200,18 +267,41 @@ def summarize(
         invalid = figures(torch.tensor(last["invalid_test_confusion"]), classes)
         for name in ("correct", "total", "accuracy"):
             summary[f"invalid_test_{name}"] = invalid[name]
+    for by, at in chosen.items():
+        summary[f"{by}_epoch"] = None if at is None else rows[at]["epoch"]
+        for name in ("correct", "total", "accuracy"):
+            summary[f"{by}_target_{name}"] = None if at is None else tests[at][name]
+    untouched = [row["bn_untouched"] for row in rows]
     seconds = sum(row["train_seconds"] for row in rows)
     images = sum(row["source_train_total"] for row in rows)
     summary |= {
         "seconds": sum(row["seconds"] for row in rows),
         "images_per_second": images / seconds,
         "fired": {name: sum(row["fired"][name] for row in rows) for name in last["fired"]},
+        "density": last["density"],
+        "bn_untouched": None if None in untouched else all(untouched),
         "weights": dict(weights),
-        "versions": versions(config["device"]),
+        "versions": dict(versions),
         "warnings": warnings,
-        "config": dict(config),
+        "config": config,
+        "config_hash": hash_of(config),
+        "record_version": RECORD_VERSION,
     }
     return summary
+
+
+def best(values: Sequence[int]) -> int:
+    """Position of the largest value; of equals the first."""
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def sealed(
+    summary: Mapping[str, Any], config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """`summary` with its seal: sha256 of what config.yaml, metrics.jsonl and the summary hold."""
+    summary = {name: value for name, value in summary.items() if name != "seal"}
+    content = json.dumps([config, rows, summary], sort_keys=True, allow_nan=False)
+    return summary | {"seal": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
@@ -235,9 +325,155 @@ def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
             f"INVALID FIGURE   {summary['invalid_test_accuracy']:.2f} %  "
             f"({summary['invalid_test_correct']} of {summary['invalid_test_total']} trained on)"
         )
+    if summary["selected_epoch"] is not None:
+        lines.append(
+            f"selected         {summary['selected_target_accuracy']:.2f} %  on the target at epoch "
+            f"{summary['selected_epoch']}, the best on held-out source images"
+        )
     lines.append(
         f"time             {summary['seconds']:.0f} s, "
         f"{summary['images_per_second']:.0f} training images/s"
     )
     lines += [f"warning: {warning}" for warning in summary["warnings"]]
     return [*lines, f"record: {folder}"]
+
+
+# --- check ------------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """What config.yaml, metrics.jsonl and summary.json of a finished run hold.
+
+    Raises RecordError for a file that is missing or half-written.
+    """
+    config = read_yaml(folder / "config.yaml")
+    rows = read_json_lines(folder / "metrics.jsonl")
+    if not (folder / "summary.json").exists():
+        raise RecordError(f"{folder} is unfinished: {len(rows)} epochs, and no summary.json")
+    return config, rows, read_json(folder / "summary.json")
+
+
+def check(folder: Path) -> list[str]:
+    """What is wrong with the record of a finished run, a line for each thing; nothing: [].
+
+    Needs the three text files alone: neither data nor weights, and nothing is trained or written.
+    """
+    folder = Path(folder)
+    try:
+        config, rows, summary = read(folder)
+    except RecordError as error:
+        return [str(error)]
+    version = summary.get("record_version") if isinstance(summary, dict) else None
+    if version != RECORD_VERSION:
+        return [f"{folder} is a record of version {version}; this code reads {RECORD_VERSION}"]
+    problems = []
+    if sealed(summary, config, rows)["seal"] != summary.get("seal"):
+        problems.append("edited after the run: the seal does not fit")
+    try:
+        problems += summary_problems(config, rows, summary)
+        problems += row_problems(config, rows, summary["layer_names"])
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        problems.append(f"cannot be computed again: {type(error).__name__}: {error}")
+    return [f"{folder}: {problem}" for problem in problems]
+
+
+def summary_problems(
+    config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> Iterator[str]:
+    """Where the summary is not what its switches and rows give."""
+    unlike = set(config) ^ {*SWITCHES, "warnings"}
+    if unlike:
+        yield f"config.yaml: {', '.join(sorted(unlike))}: unknown switch, or one that is missing"
+    expected = summarize(
+        config,
+        rows,
+        layers=summary["layer_names"],
+        classes=list(summary["per_class"]),
+        weights=summary["weights"],
+        versions=summary["versions"],
+    )
+    for name in sorted(expected.keys() | summary.keys() - {"seal"}):
+        found, right = summary.get(name), expected.get(name)
+        if found != right:
+            yield (
+                f"summary.json: {name} is {shortened(found)}; config.yaml and metrics.jsonl give "
+                f"{shortened(right)}"
+            )
+
+
+def shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def row_problems(
+    config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], layers: Sequence[str]
+) -> Iterator[str]:
+    """Where the epochs' rows are not what such a run can give."""
+    run = Config(**{name: config[name] for name in SWITCHES})
+    target = images_per_class(run, run.target)
+    held_out = rows[0].get("holdout_total", 0)
+    training = sum(images_per_class(run, run.source)) - held_out
+    if (held_out > 0) != (run.holdout > 0):
+        yield f"{held_out} images are held out, but holdout is {run.holdout:g}"
+    epochs, updates = run.length(training)
+    if len(rows) != epochs:
+        yield f"metrics.jsonl has {len(rows)} epochs; {updates} updates take {epochs}"
+    # what became of BatchNorm's statistics in passes over other images than the source's
+    untouched = {"da": run.record_mode == "eval", "dann": False}.get(run.mode)
+    done = 0
+    for number, row in enumerate(rows, 1):
+        seen = min(training, (updates - done) * run.batch_size)
+        steps = -(-seen // run.batch_size)
+        done += steps
+        expected = {
+            "epoch": number,
+            "source_train_total": seen,
+            "source_train_accuracy": percent(row["source_train_correct"], seen),
+            "updates": steps,
+            "passes": sum(parts(size, run.accumulate) for size in batch_sizes(seen, run)),
+            "bn_untouched": untouched,
+            "holdout_total": held_out if run.holdout > 0 else None,
+        }
+        for stem in ("target", "holdout", "invalid_test"):
+            if f"{stem}_confusion" in row:
+                counts = torch.tensor(row[f"{stem}_confusion"])
+                correct, total = int(counts.diagonal().sum()), int(counts.sum())
+                values = {"correct": correct, "total": total, "accuracy": percent(correct, total)}
+                expected |= {f"{stem}_{name}": value for name, value in values.items()}
+        for name, right in expected.items():
+            if row.get(name) != right:
+                yield f"metrics.jsonl, epoch {number}: {name} is {row.get(name)!r}, not {right!r}"
+        tested = torch.tensor(row["target_confusion"]).sum(1).tolist()
+        if tested != target:
+            yield (
+                f"metrics.jsonl, epoch {number}: tested on {tested} images of the classes; "
+                f"{run.target} has {target}"
+            )
+        if set(row["fired"]) != set(layers):
+            yield f"metrics.jsonl, epoch {number}: fired {sorted(row['fired'])}, not {layers}"
+        for name, times in row["fired"].items():
+            if times < row["passes"] or times % row["passes"]:
+                yield (
+                    f"metrics.jsonl, epoch {number}: layer {name} fired {times} times in "
+                    f"{row['passes']} passes"
+                )
+
+
+def images_per_class(config: Config, domain: str) -> list[int]:
+    """How many images of each class a run with these switches has of a domain."""
+    counts = OFFICIAL_COUNTS[domain]
+    if config.data == "toy":
+        counts = [toy.IMAGES_PER_CLASS] * len(counts)
+    return [n if config.limit is None else min(n, config.limit) for n in counts]
+
+
+def batch_sizes(images: int, config: Config) -> list[int]:
+    """Sizes of the batches that so many images make."""
+    size = config.batch_size
+    return [min(size, images - first) for first in range(0, images, size)]
+
+
+def parts(images: int, accumulate: int) -> int:
+    """Passes that an update on so many images takes."""
+    return -(-images // -(-images // accumulate))

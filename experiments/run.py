@@ -121,15 +121,22 @@ def build(config: Config) -> Experiment:
     model, weights = build_model(config.weights, len(CLASSES), config.seed)
     method = METHODS[config.mode](model.to(device), config, device)
 
-    source, target = (
-        load_domain(config.data, name, limit=config.limit, cache=config.cache)
-        for name in (config.source, config.target)
-    )
+    domains = {
+        name: load_domain(config.data, name, limit=config.limit, cache=config.cache)
+        for name in dict.fromkeys((config.source, config.target, *config.mask_sources))
+    }
+    source, target = domains[config.source], domains[config.target]
     training, held_out = range(len(source.images)), []
     if config.holdout > 0:
         training, held_out = split_holdout(source, config.holdout, config.seed)
-    # training gets the target's images alone; its labels go to the evaluation
-    images = TrainingImages(source, training, target.images)
+    # training gets other domains' images alone, and those only that the method asks for; the
+    # target's labels go to the evaluation
+    unlabelled = []
+    if method.uses_target:
+        for name in config.mask_sources or (config.target,):
+            others = domains[name].images
+            unlabelled.append((others, training if name == config.source else range(len(others))))
+    images = TrainingImages(source, training, unlabelled)
     images.check_batches(config)
     sets = {"target": (target, range(len(target.images)))}
     if len(held_out):
@@ -146,6 +153,8 @@ def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Pa
     finished = folder / "summary.json"
     if resume and finished.is_file():
         screen.say(f"this run is finished; its summary, from {finished}:")
+        for problem in record.check(folder):
+            screen.warn(problem)
         for line in record.summary_lines(json.loads(finished.read_text()), folder):
             screen.say(line)
         return folder
@@ -155,38 +164,42 @@ def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Pa
     warnings = list(dict.fromkeys(warnings + experiment.weights.warnings))
     for warning in warnings:
         screen.warn(warning)
+    epochs, updates = config.length(len(experiment.images.source_indices))
     screen.say(
         f"{config.mode}: {config.source} ({len(experiment.images.source_indices)} images) -> "
-        f"{config.target} ({len(experiment.target.images)}), {config.epochs} epochs on "
+        f"{config.target} ({len(experiment.target.images)}), {epochs} epochs ({updates} updates) on "
         f"{config.device}, shaped layers: {', '.join(method.layer_names) or 'none'}"
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise record.RecordError(f"cannot make folder {folder}: {error.strerror}") from error
-    if not (folder / "config.yaml").exists():
-        record.write_yaml(folder / "config.yaml", config.as_dict() | {"warnings": warnings})
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        record.write_yaml(saved, config.as_dict() | {"warnings": warnings})
 
     rows = train(method, experiment.images, experiment.evaluate, config, folder, screen)
     method.close()
+    # as it was first written: a resumed run may have another device or folder
+    switches = record.read_yaml(saved)
     summary = record.summarize(
-        config.as_dict(),
+        switches,
         rows,
         layers=method.layer_names,
         classes=CLASSES,
         weights={"source": experiment.weights.source, "sha256": experiment.weights.sha256},
-        warnings=warnings,
+        versions=record.versions(config.device),
     )
     try:
         pictures.curves(folder / "curves.png", rows, config)
-        if method.layer_names:
+        if method.layer_names and config.mode != "dropout2d":
             pictures.maps(
                 folder / "maps.png", method.model, config, experiment.images, method.layer_names
             )
     except (ValueError, RuntimeError, TypeError) as error:  # no picture is worth a result
         screen.warn(f"a picture could not be drawn: {error}")
     # last, for it says that the run is finished
-    record.write_json(finished, summary)
+    record.write_json(finished, record.sealed(summary, switches, rows))
     for line in record.summary_lines(summary, folder):
         screen.say(line)
     return folder

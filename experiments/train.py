@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +50,21 @@ class TrainingError(RuntimeError):
 # --- data -------------------------------------------------------------------------------------
 
 
-def epoch_order(config: Config, epoch: int, n_source: int, n_target: int) -> tuple:
+def epoch_order(
+    config: Config, epoch: int, n_source: int, n_target: int, domain: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Which source images an epoch takes, in order, and the target image beside each.
 
     Returns two int64 arrays of n_source positions. Pairing "random" walks through a permutation
     of the target that is independent of the source's, again from its start when it is used up;
-    "modulo" is target image `i % n_target` for source image i.
+    "modulo" is target image `i % n_target` for source image i. `domain` counts from 0 where
+    several domains stand in the target's place: each is permuted in its own way.
     """
     source = np.random.default_rng([config.seed, SOURCE_ORDER, epoch]).permutation(n_source)
     if config.pairing == "modulo":
         return source, source % n_target
-    target = np.random.default_rng([config.seed, TARGET_ORDER, epoch]).permutation(n_target)
+    stream = [config.seed, TARGET_ORDER, epoch, domain]
+    target = np.random.default_rng(stream).permutation(n_target)
     return source, target[np.arange(n_source) % n_target]
 
 
@@ -75,19 +81,32 @@ def batches(dataset: Dataset, order: np.ndarray, config: Config) -> DataLoader:
     )
 
 
+def mixed_batches(images: np.ndarray, indices: Sequence[int], config: Config) -> DataLoader:
+    """Images without labels in batches, as testing sees them, to measure BatchNorm on: float32.
+
+    In a fixed random order, for a batch of one class alone has statistics of its own; without a
+    smaller last batch, which would count as much as a whole one.
+    """
+    dataset = UnlabelledImages(images, indices, test_transform(config.image_size))
+    order = epoch_order(config, 0, len(dataset), 1)[0]
+    size = min(config.batch_size, len(dataset))
+    return batches(dataset, order[: len(order) // size * size], config)
+
+
 @dataclass
 class TrainingImages:
-    """What training may see: labelled source images, and target images alone.
+    """What training may see: labelled source images, and other images without labels.
 
     Attributes:
         source: the labelled domain.
         source_indices: its images to train on (the others are held out).
-        target_images: uint8 (n, side, side, 3).
+        unlabelled: (images uint8 (n, side, side, 3), indices to use): those of the target; or of
+            each of `mask_sources`; or nothing, for a method that asks for none.
     """
 
     source: Domain
     source_indices: Sequence[int]
-    target_images: np.ndarray
+    unlabelled: Sequence[tuple[np.ndarray, Sequence[int]]] = ()
 
     def check_batches(self, config: Config) -> None:
         """Refuse a batch on which BatchNorm has one value per channel. Raises ConfigError."""
@@ -112,34 +131,31 @@ class TrainingImages:
             seed=config.seed,
             epoch=epoch,
         )
-        everyone = range(len(self.target_images))
-        order, target_order = epoch_order(config, epoch, len(source), len(everyone))
-        loader = batches(source, order, config)
+        loader = batches(source, epoch_order(config, epoch, len(source), 1)[0], config)
         if not with_target:
             yield from ((images, labels, None) for images, labels in loader)
             return
+        others = [self.others(config, epoch, domain) for domain in range(len(self.unlabelled))]
+        for (images, labels), *parts in zip(loader, *others, strict=True):
+            # one domain: (n, 3, S, S); k of them: (n, k, 3, S, S)
+            yield images, labels, torch.stack(parts, 1) if config.mask_sources else parts[0]
+
+    def others(self, config: Config, epoch: int, domain: int) -> DataLoader:
+        """The images of unlabelled domain number `domain` that go with an epoch's source images."""
         augment = train_transform if config.target_transform == "train" else test_transform
-        streams = np.random.SeedSequence([config.seed, TARGET_AUGMENTATION])
-        target = UnlabelledImages(
-            self.target_images,
-            everyone,
+        streams = np.random.SeedSequence([config.seed, TARGET_AUGMENTATION, domain])
+        dataset = UnlabelledImages(
+            *self.unlabelled[domain],
             augment(config.image_size),
             seed=int(streams.generate_state(1)[0] >> 1),
             epoch=epoch,
         )
-        pairs = zip(loader, batches(target, target_order, config), strict=True)
-        yield from ((images, labels, target) for (images, labels), target in pairs)
+        n = len(self.source_indices)
+        return batches(dataset, epoch_order(config, epoch, n, len(dataset), domain)[1], config)
 
-    def plain(self, config: Config):
-        """Yields the source's training images in batches, as testing sees them: float32."""
-        images = UnlabelledImages(
-            self.source.images, self.source_indices, test_transform(config.image_size)
-        )
-        # In a fixed random order, for a batch of one class alone has statistics of its own; without
-        # a smaller last batch, which would count as much as a whole one.
-        order = epoch_order(config, 0, len(images), 1)[0]
-        size = min(config.batch_size, len(images))
-        return batches(images, order[: len(order) // size * size], config)
+    def plain(self, config: Config) -> DataLoader:
+        """The source's training images without labels, to measure BatchNorm on."""
+        return mixed_batches(self.source.images, self.source_indices, config)
 
 
 # --- testing ----------------------------------------------------------------------------------
@@ -162,18 +178,25 @@ class Evaluation:
         for name, (domain, indices) in self.sets.items():
             images = LabelledImages(domain, indices, test_transform(self.config.image_size))
             loader = batches(images, np.arange(len(images)), self.config)
-            with screen.progress(f"  testing on {domain.name}", len(images)) as advance:
+            adapted = nullcontext()
+            if name == "target":  # its images alone: a method has no argument for labels
+                adapted = method.adapted(mixed_batches(domain.images, indices, self.config))
+            with adapted, screen.progress(f"  testing on {domain.name}", len(images)) as advance:
                 counts[f"{name}_confusion"] = confusion(method, loader, advance).tolist()
         return counts
 
 
 def confusion(method: Method, loader: DataLoader, advance: Callable[[int], None]) -> Tensor:
-    """int64 (n_classes, n_classes) counts of [true, predicted], over every image of `loader`."""
+    """int64 (n_classes, n_classes) counts of [true, predicted], over every image of `loader`.
+
+    On the method's device: nothing here waits for it.
+    """
     n = len(CLASSES)
-    counts = torch.zeros(n * n, dtype=torch.int64)
-    for images, labels in loader:
-        predicted = method.predict(images.to(method.device, non_blocking=True)).argmax(1).cpu()
-        counts += torch.bincount(labels * n + predicted, minlength=n * n)
+    counts = torch.zeros(n * n, dtype=torch.int64, device=method.device)
+    for batch in loader:
+        images, labels = (t.to(method.device, non_blocking=True) for t in batch)
+        pairs = labels * n + method.predict(images).argmax(1)
+        counts.scatter_add_(0, pairs, torch.ones_like(pairs))
         advance(len(labels))
     return counts.view(n, n)
 
@@ -184,44 +207,57 @@ def confusion(method: Method, loader: DataLoader, advance: Callable[[int], None]
 def train_epoch(
     method: Method, images: TrainingImages, config: Config, epoch: int, screen: Screen
 ) -> dict[str, Any]:
-    """One pass over the source. Returns the training part of the epoch's row.
+    """One pass over the source, or what is left of it. Returns the training part of the row.
 
     Raises:
         TrainingError: the loss is not finite.
         ShapingError: a chosen layer was not shaped once per pass.
     """
     n = len(images.source_indices)
-    loss_sum, correct = 0.0, 0
-    fired_before, passes = method.fired(), method.passes
+    epochs, total = config.length(n)
+    before = (epoch - 1) * -(-n // config.batch_size)  # updates of the epochs before
+    loss_sum, correct, seen, updates = 0.0, 0, 0, 0
+    method.bn_moved = None
+    fired_before, passes_before = method.fired(), method.passes
     lr = method.optimizer.param_groups[0]["lr"]
     start = time.perf_counter()
-    with screen.progress(f"epoch {epoch}/{config.epochs}", n) as advance:
-        for batch in images.epoch(config, epoch, method.uses_target):
+    with screen.progress(f"epoch {epoch}/{epochs}", n) as advance:
+        for batch in islice(images.epoch(config, epoch, method.uses_target), total - before):
+            method.progress = (before + updates) / total
             step = method.update(
                 *(None if t is None else t.to(method.device, non_blocking=True) for t in batch)
             )
             # tensors are added, not read, so that a GPU is not waited for at each step
             loss_sum, correct = loss_sum + step.loss_sum, correct + step.correct
+            seen, updates = seen + step.images, updates + 1
             advance(step.images)
-    loss_sum, correct = float(loss_sum), int(correct)
+    moved = correct.new_full((), -1) if method.bn_moved is None else method.bn_moved
+    # the one time that the host waits for the device
+    loss_sum, correct, moved = torch.stack([loss_sum, correct.double(), moved.double()]).tolist()
     seconds = time.perf_counter() - start
-    method.schedule.step()
+    if config.updates is None:
+        method.schedule.step()
     if not math.isfinite(loss_sum):
         raise TrainingError(
             f"the training loss of epoch {epoch} is {loss_sum}; lower lr ({config.lr:g}), or set "
             f"amp to off (it is {config.amp})"
         )
     fired = {name: count - fired_before[name] for name, count in method.fired().items()}
-    check_fired(fired, method.passes - passes)
+    passes = method.passes - passes_before
+    check_fired(fired, passes)
     return {
-        "train_loss": loss_sum / n,
-        "source_train_accuracy": record.percent(correct, n),
-        "source_train_correct": correct,
-        "source_train_total": n,
+        "train_loss": loss_sum / seen,
+        "source_train_accuracy": record.percent(int(correct), seen),
+        "source_train_correct": int(correct),
+        "source_train_total": seen,
         "lr": lr,
         "train_seconds": seconds,
-        "images_per_second": n / seconds,
+        "images_per_second": seen / seconds,
+        "updates": updates,
+        "passes": passes,
         "fired": fired,
+        "density": method.density(),
+        "bn_untouched": None if moved < 0 else not moved,
     }
 
 
@@ -233,7 +269,7 @@ def train(
     folder: Path,
     screen: Screen,
 ) -> list[dict[str, Any]]:
-    """Train for config.epochs epochs, from the checkpoint in `folder` if there is one.
+    """Train as long as `config` says, from the checkpoint in `folder` if there is one.
 
     After each epoch comes `evaluate`, then a checkpoint, then metrics.jsonl (a line per epoch).
 
@@ -245,7 +281,8 @@ def train(
     torch.manual_seed(config.seed)
     rows = load_checkpoint(path, method, config) if path.exists() else []
     record.write_json_lines(folder / "metrics.jsonl", rows)
-    for epoch in range(len(rows) + 1, config.epochs + 1):
+    epochs, _ = config.length(len(images.source_indices))
+    for epoch in range(len(rows) + 1, epochs + 1):
         start = time.perf_counter()
         row = {"epoch": epoch} | train_epoch(method, images, config, epoch, screen)
         if config.bn_recalibration:
@@ -255,7 +292,7 @@ def train(
         rows.append(row)
         save_checkpoint(path, method, config, rows)
         record.write_json_lines(folder / "metrics.jsonl", rows)
-        screen.say(epoch_line(row, config))
+        screen.say(epoch_line(row, epochs, config))
     return rows
 
 
@@ -270,9 +307,9 @@ def scored(confusions: dict[str, list[list[int]]]) -> dict[str, Any]:
     return row
 
 
-def epoch_line(row: dict[str, Any], config: Config) -> str:
+def epoch_line(row: dict[str, Any], epochs: int, config: Config) -> str:
     line = (
-        f"epoch {row['epoch']}/{config.epochs}  loss {row['train_loss']:.4f}  "
+        f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
         f"train {row['source_train_accuracy']:.2f} %  "
         f"{config.target} {row['target_accuracy']:.2f} % "
         f"({row['target_correct']}/{row['target_total']})"
@@ -281,7 +318,7 @@ def epoch_line(row: dict[str, Any], config: Config) -> str:
         line += f"  held-out {row['holdout_accuracy']:.2f} %"
     if "invalid_test_total" in row:
         line += f"  INVALID (training images) {row['invalid_test_accuracy']:.2f} %"
-    left = (config.epochs - row["epoch"]) * row["seconds"]
+    left = (epochs - row["epoch"]) * row["seconds"]
     return f"{line}  {row['images_per_second']:.0f} images/s  {left:.0f} s left"
 
 

@@ -141,6 +141,54 @@ def test_a_configuration_survives_its_own_record():
     assert again == config
 
 
+def test_updates_take_the_place_of_epochs():
+    config = config_of(updates=50, batch_size=128)
+    assert (config.epochs, config.updates) == (None, 50)
+    assert resolve(config.as_dict())[0] == config
+    assert config.length(2048) == (4, 50)  # 16 an epoch: three whole epochs and two updates
+    assert config_of(updates=50, batch_size=64).length(2048) == (2, 50)
+    assert config_of(epochs=30).length(2048) == (30, 480)
+    assert config_of(epochs=30, batch_size=100).length(2048) == (30, 630)
+    toy, warnings = resolve({"data": "toy", "updates": 7})
+    assert (toy.epochs, toy.updates) == (None, 7)
+    assert not any("epochs" in warning for warning in warnings)
+
+
+# A control of the study each; what would undo it gives way.
+ARMS = [
+    ({"mode": "random", "p_zero": 0}, {"p_zero": (0.0,), "binarize": True}),  # binarize only
+    ({"mode": "da", "apply_maps": False, "record_mode": "train"}, {"bn_recalibration": False}),
+    ({"mode": "da", "product": True}, {"binarize": False}),
+    ({"mode": "da", "binarize": False}, {"product": False}),
+    ({"mode": "da", "mask_sources": "photo,art_painting"}, {"layers": (4,)}),
+    ({"mode": "dropout2d"}, {"layers": (10,), "drop_rate": 0.5, "bn_recalibration": True}),
+    ({"mode": "dann"}, {"dann_weight": 0.5, "dann_lr_factor": 1.0, "layers": ()}),
+    ({"mode": "adabn"}, {"layers": (), "bn_recalibration": False}),
+    ({"mode": "random", "mask_unit": "block", "block_size": 3}, {"layers": (10,)}),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), ARMS)
+def test_arms(given, expected):
+    config = config_of(**given)
+    for name, value in expected.items():
+        assert getattr(config, name) == value, name
+    assert resolve(config.as_dict())[0] == config
+
+
+def test_recalibration_after_a_pass_in_train_mode_is_said():
+    _, warnings = resolve(PACS | {"mode": "da", "record_mode": "train"})
+    assert any("what record_mode train moves is not in the figures" in w for w in warnings)
+
+
+def test_one_hash_on_every_machine():
+    here = config_of(data="/some/where", weights="/a/r18.pth")
+    there = config_of(data="/else/where", weights="/b/r18.pth")
+    assert here.hash() == there.hash()
+    assert here.hash() != config_of(weights="/a/r50.pth").hash()
+    assert here.hash() != config_of(data="toy", weights="/a/r18.pth").hash()
+
+
 def test_hash_ignores_where_and_sees_what():
     config = config_of(mode="da")
     assert config_of(mode="da", workers=2, out="x", cache="y").hash() == config.hash()
@@ -169,14 +217,14 @@ def test_p_zero_below_one(value):
 
 
 REFUSED = [
-    ({"mode": "adabn"}, r"mode: 'adabn' is not allowed; allowed: baseline \| random \| da"),
+    ({"mode": "ada"}, r"mode: 'ada' is not allowed; allowed: baseline \| random \| da \| adabn"),
     ({"target": "clipart"}, r"target: 'clipart' .*art_painting \| cartoon \| photo \| sketch"),
     ({"target": "art_painting"}, r"target: 'art_painting' is also the source; .*cartoon"),
     ({"mode": "random", "p_zero": ["1"]}, r"p_zero: '1' is not allowed; allowed: 0 <= p_zero < 1"),
     ({"mode": "random", "p_zero": ["nan"]}, r"p_zero: 'nan' is not allowed; .*< 1"),
     ({"mode": "random", "p_zero": ["0.1", "-1"]}, r"p_zero: .*'-1'.* is not allowed"),
     ({"mode": "da", "p_zero": ["0.5"]}, r"p_zero: .*for mode random"),
-    ({"layers": ["4"]}, r"layers: .*mode baseline shapes none"),
+    ({"layers": ["4"]}, r"layers: \(4,\) is for modes random and da and dropout2d, not for mode b"),
     ({"mode": "da", "layers": []}, r"layers: .*is empty"),
     ({"mode": "da", "every": 0}, r"every: 0 is not allowed; allowed: a whole number from 1"),
     ({"mode": "da", "product": True, "gradient": "clipped"}, r"gradient: 'clipped' .*zero"),
@@ -184,6 +232,32 @@ REFUSED = [
     ({"mode": "da", "product": True, "binarize": True}, r"product: .*no binarization"),
     ({"mode": "da", "at_eval": "on"}, r"at_eval: 'on' .*off \| binarize"),
     ({"mode": "da", "preset": "report-a"}, r"mode: 'da' is not in preset report-a"),
+    ({"mode": "dann", "preset": "report-b"}, r"mode: 'dann' .*allowed: baseline \| random \| da"),
+    (
+        {"mode": "random", "top_k": 0.5},
+        r"top_k: 0.5 is for mode da, not for .*; allowed here: None",
+    ),
+    ({"mode": "da", "top_k": 0}, r"top_k: 0 is not allowed; allowed: 0 < top_k <= 1"),
+    ({"mode": "random", "apply_maps": False}, r"apply_maps: False is for mode da"),
+    ({"mode": "da", "mask_unit": "channel"}, r"mask_unit: 'channel' is for mode random"),
+    ({"mode": "random", "mask_unit": "block"}, r"block_size: None with mask_unit block; .*from 1"),
+    ({"mode": "random", "block_size": 2}, r"block_size: 2 with mask_unit element"),
+    ({"mode": "dann", "epsilon": 0.1}, r"epsilon: 0.1 is for modes random and da"),
+    ({"mode": "da", "epsilon": "-1"}, r"epsilon: '-1' is not allowed; allowed: a number from 0"),
+    ({"mode": "da", "product": True, "epsilon": 0.1}, r"epsilon: 0.1 is not for --product"),
+    ({"mode": "da", "mask_sources": ["clipart"]}, r"mask_sources: 'clipart' .*art_painting \| car"),
+    ({"mode": "da", "mask_sources": ["sketch"]}, r"mask_sources: .*has the target in it; .*photo$"),
+    ({"mode": "da", "mask_sources": ["photo", "photo"]}, r"mask_sources: .*names a domain twice"),
+    ({"mode": "adabn", "mask_sources": ["photo"]}, r"mask_sources: .*is for mode da"),
+    ({"mode": "dropout2d", "drop_rate": 1}, r"drop_rate: 1 is not allowed; .*0 <= drop_rate < 1"),
+    ({"drop_rate": 0.5}, r"drop_rate: 0.5 is for mode dropout2d, not for mode baseline"),
+    ({"mode": "da", "dann_weight": 1}, r"dann_weight: 1.0 is for mode dann"),
+    ({"mode": "dann", "dann_lr_factor": 0}, r"dann_lr_factor: 0 is not allowed; .*above 0"),
+    ({"mode": "adabn", "bn_recalibration": True}, r"bn_recalibration: True is for modes random an"),
+    ({"gradient": "zero"}, r"gradient: 'zero' is for modes random and da, not for mode baseline"),
+    ({"epochs": 5, "updates": 5}, r"epochs: 5 and updates 5: one of them .*null for the other"),
+    ({"epochs": None}, r"epochs: None and updates None: one of them"),
+    ({"updates": 0}, r"updates: 0 is not allowed; allowed: a whole number from 1"),
     ({"epochs": "0"}, r"epochs: '0' is not allowed; allowed: a whole number from 1"),
     ({"epochs": "2.5"}, r"epochs: '2.5' is not allowed"),
     ({"batch_size": "many"}, r"batch_size: 'many' is not allowed"),
