@@ -1,0 +1,280 @@
+"""Check the records of a suite: each by itself, and whether arms that are compared may be.
+
+    python experiments/audit.py runs/suites/report-b-full
+
+A record is checked by record.py (it is sealed, and computed again from its parts); here come what a
+study needs besides. An audit that fails says which runs fail which rule, and the exit status is 1.
+
+What no record can show is that code in training saw no target label: methods.py has no argument
+through which one could come. The record shows that as many images were trained on with labels as the
+source has.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from data import OFFICIAL_COUNTS
+from study import (
+    CONFOUNDS,
+    Arm,
+    Run,
+    Study,
+    StudyError,
+    differences,
+    matchups,
+    plain,
+    read_study,
+    shown,
+)
+from torch import nn
+from torchvision.models import resnet18
+from toy import IMAGES_PER_CLASS
+
+FAILED, BAD_INPUT = 1, 2  # exit statuses
+
+KINDS = {"conv": nn.Conv2d, "bn": nn.BatchNorm2d, "relu": nn.ReLU}
+
+# In the order of the report. What a rule asks of a run, or of two arms that are compared.
+RULES = {
+    "record": "sealed and unedited; summary.json follows from config.yaml and metrics.jsonl",
+    "k of n": "tested on every image of the target, in every epoch",
+    "hooks": "the layers that the switches name were shaped in every training pass, once a call",
+    "labels": "labelled training images are the source's, less those held out",
+    "BatchNorm": "statistics untouched by target images where the switches promise it",
+    "arms": "the runs of an arm differ in domains and seed alone",
+    "updates": "arms that are compared had as many updates",
+    "confounds": "arms that are compared differ in the switches of their method alone",
+    "weights": "arms that are compared start from the same weights",
+    "code": "arms that are compared ran on the same code, versions and kind of device",
+}
+
+
+class Remark(NamedTuple):
+    """What an audit has to say of a run or of a comparison."""
+
+    rule: str
+    where: str
+    what: str
+    fails: bool  # False: to be known, and shown with the figures it concerns
+
+
+class Audit(NamedTuple):
+    checked: dict[str, int]  # rule -> how many runs or comparisons
+    remarks: list[Remark]
+
+    @property
+    def failures(self) -> list[Remark]:
+        return [remark for remark in self.remarks if remark.fails]
+
+    @property
+    def passes(self) -> bool:
+        return not self.failures
+
+
+def audit(study: Study) -> Audit:
+    """Apply every rule to every record and comparison of a study."""
+    remarks = [
+        Remark("record", problem.name, line, True)
+        for problem in study.problems
+        for line in problem.lines
+        if problem.fails
+    ]
+    for name, run in study.runs.items():
+        for rule, check in RUN_RULES.items():
+            remarks += [Remark(rule, name, what, True) for what in check(run)]
+    arms = {(t.name, a.name): a for t in study.tables for a in t.arms if a.runs}
+    for arm in arms.values():
+        remarks += [Remark("arms", arm.name, what, True) for what in uniform(arm)]
+    pairs = [(table.name, *pair) for table in study.tables for pair in matchups(table)]
+    for table, arm, reference in pairs:
+        where = f"{table}: {arm.name} and {reference.name}"
+        for remark in comparable(arm.one, reference.one, study):
+            remarks.append(remark._replace(where=where))
+    read = len(study.runs) + sum(problem.fails for problem in study.problems)
+    checked = {"record": read} | dict.fromkeys(RUN_RULES, len(study.runs))
+    checked |= {"arms": len(arms)}
+    checked |= dict.fromkeys(("updates", "confounds", "weights", "code"), len(pairs))
+    return Audit(checked, list(dict.fromkeys(remarks)))
+
+
+# --- a run ------------------------------------------------------------------------------------
+
+
+def domain_size(run: Run, domain: str) -> int:
+    """Images of a domain that a run with these switches has."""
+    counts = OFFICIAL_COUNTS[domain]
+    if run.config["data"] == "toy":
+        counts = [IMAGES_PER_CLASS] * len(counts)
+    limit = run.config["limit"]
+    return sum(n if limit is None else min(n, limit) for n in counts)
+
+
+def k_of_n(run: Run) -> Iterator[str]:
+    n = domain_size(run, run.config["target"])
+    for row in run.rows:
+        if row["target_total"] != n:
+            yield f"epoch {row['epoch']}: tested on {row['target_total']} images; the target has {n}"
+
+
+@functools.cache
+def modules() -> dict[str, nn.Module]:
+    """The modules of a ResNet-18, by name; without weights."""
+    with torch.device("meta"):
+        return dict(resnet18().named_modules())
+
+
+def conv_number(layer: str) -> int | None:
+    """The reports' number of a convolution, from 1; None for another module."""
+    convs = [name for name, module in modules().items() if isinstance(module, nn.Conv2d)]
+    return convs.index(layer) + 1 if layer in convs else None
+
+
+def layers_of(run: Run) -> list[str]:
+    """The layers that the switches of a run name, found without the code that shaped them."""
+    config = run.config
+    if not config["apply_maps"]:
+        return []
+    of_kind = [n for n, m in modules().items() if isinstance(m, KINDS[config["after"]])]
+    found: list[str] = []
+    for entry in config["layers"]:
+        if isinstance(entry, int):
+            found.append(of_kind[entry - 1])
+        elif entry in modules():
+            found.append(entry)
+        else:
+            pattern = "*" if entry == "all" else entry
+            found += [name for name in of_kind if fnmatch.fnmatchcase(name, pattern)]
+    return found[config["every"] - 1 :: config["every"]]
+
+
+def hooks(run: Run) -> Iterator[str]:
+    expected = layers_of(run)
+    if list(run.layers) != expected:
+        yield f"shaped {', '.join(run.layers) or 'nothing'}; the switches name {', '.join(expected)}"
+        return
+    for row in run.rows:
+        for name in expected:
+            # each block calls its one ReLU twice
+            calls = 2 if name.endswith(".relu") else 1
+            if row["fired"].get(name) != row["passes"] * calls:
+                yield (
+                    f"epoch {row['epoch']}: {name} was shaped {row['fired'].get(name)} times in "
+                    f"{row['passes']} passes of {calls} {'call' if calls == 1 else 'calls'}"
+                )
+
+
+def labels(run: Run) -> Iterator[str]:
+    held_out = run.rows[0].get("holdout_total", 0)
+    n = domain_size(run, run.config["source"]) - held_out
+    for row in run.rows:
+        if row["source_train_total"] > n:
+            yield f"epoch {row['epoch']}: trained on {row['source_train_total']} images, the source has {n}"
+    if run.summary["selected_epoch"] is not None and not held_out:
+        yield "an epoch was selected, but no source image was held out to do it by"
+    if run.config["target"] in run.config["mask_sources"]:
+        yield "maps are said to be of other domains than the target, which is among them"
+
+
+def batch_norm(run: Run) -> Iterator[str]:
+    config = run.config
+    if config["mode"] == "da" and config["record_mode"] == "eval":
+        if run.summary["bn_untouched"] is not True:
+            yield f"record_mode eval, but bn_untouched is {run.summary['bn_untouched']}"
+    elif config["mode"] not in ("da", "dann") and run.summary["bn_untouched"] is not None:
+        yield f"mode {config['mode']} passes no target image in training, yet the record has one"
+
+
+RUN_RULES = {"k of n": k_of_n, "hooks": hooks, "labels": labels, "BatchNorm": batch_norm}
+
+
+# --- several runs -----------------------------------------------------------------------------
+
+
+def uniform(arm: Arm) -> Iterator[str]:
+    """Switches that are not the same in all runs of an arm."""
+    first, *others = arm.runs.values()
+    names = [n for n in first.config if n not in ("source", "target", "seed", "device", "out")]
+    for run in others:
+        for different in differences(first, run, names):
+            yield f"{first.folder.name} and {run.folder.name}: {different}"
+
+
+def comparable(arm: Run, reference: Run, study: Study) -> Iterator[Remark]:
+    """What stands in the way of a comparison."""
+
+    def remark(rule: str, what: str, fails: bool) -> Remark:
+        return Remark(rule, "", what, fails)
+
+    def stated(name: str) -> bool:
+        """Whether the suite itself gives the two arms different values."""
+        if study.said is None:  # nobody planned this comparison
+            return True
+        a, b = (study.said.get(run.folder.name, {}) for run in (reference, arm))
+        return plain_or_none(name, a) != plain_or_none(name, b)
+
+    for name in CONFOUNDS:
+        for what in differences(reference, arm, [name]):
+            yield remark("confounds", what, not stated(name))
+    before, after = reference.summary["updates"], arm.summary["updates"]
+    if before != after and reference.config["source"] == arm.config["source"]:
+        explained = stated("epochs") or stated("updates")
+        yield remark("updates", f"updates {before} -> {after}", not explained)
+    a, b = (run.summary["weights"]["sha256"] for run in (reference, arm))
+    if a != b:
+        fails = not stated("weights")
+        yield remark("weights", f"weights sha256 {str(a)[:12]} -> {str(b)[:12]}", fails)
+    a, b = (run.summary["versions"] for run in (reference, arm))
+    for name in sorted({*a, *b}):
+        if a.get(name) != b.get(name):
+            yield remark("code", f"{name} {shown(a.get(name))} -> {shown(b.get(name))}", False)
+
+
+def plain_or_none(name: str, switches: dict) -> object:
+    return plain(name, switches[name]) if name in switches else None
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def lines(study: Study, result: Audit) -> list[str]:
+    """The audit in words."""
+    text = []
+    for rule, asks in RULES.items():
+        mine = [r for r in result.remarks if r.rule == rule]
+        failed = sum(r.fails for r in mine)
+        word = f"FAILS {failed}" if failed else "passes"
+        text.append(f"{rule:10} {word:9} {result.checked[rule]:4} checked  {asks}")
+        text += [f"    {'FAILED' if r.fails else 'note'}: {r.where}: {r.what}" for r in mine]
+    for problem in study.problems:
+        if not problem.fails:
+            text.append(f"set aside  {problem.kind}: {problem.name}: {problem.lines[0]}")
+    verdict = "passes" if result.passes else f"FAILS: {len(result.failures)} failures"
+    text.append(f"{study.folder}: {len(study.runs)} records; the audit {verdict}")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 passes, 1 fails, 2 bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python experiments/audit.py FOLDER (of a suite)", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        study = read_study(Path(arguments[0]))
+    except StudyError as error:
+        print(f"audit.py: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    result = audit(study)
+    print("\n".join(lines(study, result)))
+    return 0 if result.passes else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

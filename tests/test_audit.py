@@ -1,0 +1,264 @@
+"""The audit finds what a record or a comparison must not be; each rule by a study that breaks it."""
+
+from dataclasses import replace
+
+import audit
+import pytest
+import record
+import yaml
+from config import resolve
+from made_records import SMALL, seal_again, write_run, write_suite
+from study import read_run, read_study
+
+
+def audited(folder):
+    return audit.audit(read_study(folder))
+
+
+def failed(result) -> set[str]:
+    return {remark.rule for remark in result.failures}
+
+
+def changed(path, **keys) -> str:
+    """SMALL with other values at a place such as "defaults" or "tables.shaping.arms.da"."""
+    content = yaml.safe_load(SMALL)
+    place = content
+    for key in path.split("."):
+        place = place[key]
+    place.update(keys)
+    return yaml.safe_dump(content)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return write_suite(tmp_path_factory.mktemp("audit") / "small")
+
+
+@pytest.fixture
+def run(whole):
+    return read_run(whole / "da-art_painting-cartoon-s0")
+
+
+def test_a_sound_study_passes(whole, capsys):
+    result = audited(whole)
+    assert result.passes and not result.remarks
+    assert result.checked["record"] == result.checked["hooks"] == 18
+    assert result.checked["updates"] == 2  # random and da with the baseline
+    assert audit.main([str(whole)]) == 0
+    assert "18 records; the audit passes" in capsys.readouterr().out
+
+
+# --- a record ---------------------------------------------------------------------------------
+
+
+def test_an_edited_record_is_named_and_the_audit_fails(tmp_path, capsys):
+    folder = write_suite(tmp_path / "small")
+    path = folder / "da-art_painting-sketch-s1" / "summary.json"
+    text = path.read_text()
+    correct = record.read_json(path)["target_correct"]
+    path.write_text(
+        text.replace(f'"target_correct": {correct},', f'"target_correct": {correct + 9},')
+    )
+    result = audited(folder)
+    assert failed(result) == {"record"}
+    assert {remark.where for remark in result.failures} == {"da-art_painting-sketch-s1"}
+    assert result.checked["record"] == 18 and result.checked["hooks"] == 17
+    assert audit.main([str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED: da-art_painting-sketch-s1: edited after the run" in out
+    assert "the audit FAILS" in out
+
+
+def test_a_record_in_another_runs_place(tmp_path):
+    folder = write_suite(tmp_path / "small")
+    for name in ("config.yaml", "metrics.jsonl", "summary.json"):
+        content = (folder / "random-art_painting-cartoon-s1" / name).read_bytes()
+        (folder / "random-art_painting-cartoon-s0" / name).write_bytes(content)
+    result = audited(folder)
+    assert [(r.rule, r.where, r.what) for r in result.failures] == [
+        ("record", "random-art_painting-cartoon-s0", "seed is 1; suite.json has 0")
+    ]
+
+
+def test_what_is_no_record_fails_nothing(tmp_path):
+    """An unfinished, cut or foreign record is in no table: it is set aside, not a failure."""
+    folder = write_suite(tmp_path / "small")
+    (folder / "da-art_painting-cartoon-s0" / "summary.json").unlink()
+    cut = folder / "da-art_painting-cartoon-s1" / "summary.json"
+    cut.write_text(cut.read_text()[:400])
+
+    def older(config, rows, summary):
+        summary["record_version"] = 0
+
+    seal_again(folder / "da-art_painting-cartoon-s2", older)
+    study = read_study(folder)
+    kinds = {problem.name[-2:]: problem.kind for problem in study.problems}
+    assert kinds == {"s0": "unfinished", "s1": "half-written", "s2": "another version"}
+    assert audit.audit(study).passes
+    text = "\n".join(audit.lines(study, audit.audit(study)))
+    assert "set aside  half-written: da-art_painting-cartoon-s1" in text
+
+
+def test_hooks_that_fired_too_often(tmp_path):
+    """record.py takes any multiple of the passes, for a module may be called several times."""
+    folder = write_suite(tmp_path / "small")
+
+    def twice(config, rows, summary):
+        for row in rows:
+            row["fired"] = {name: 2 * times for name, times in row["fired"].items()}
+        summary["fired"] = {name: 2 * times for name, times in summary["fired"].items()}
+
+    seal_again(folder / "da-art_painting-cartoon-s0", twice)
+    assert record.check(folder / "da-art_painting-cartoon-s0") == []
+    result = audited(folder)
+    assert failed(result) == {"hooks"}
+    assert "layer1.1.conv1 was shaped 32 times in 16 passes of 1 call" in result.failures[0].what
+
+
+def test_hooks_on_other_layers_than_the_switches_name(tmp_path):
+    folder = write_suite(tmp_path / "small")
+
+    def other(config, rows, summary):
+        for part in (*rows, summary):
+            for key in ("fired", "density"):
+                part[key] = {"layer4.1.conv2": part[key].pop("layer1.1.conv1")}
+        summary["layer_names"] = ["layer4.1.conv2"]
+
+    seal_again(folder / "da-art_painting-cartoon-s0", other)
+    result = audited(folder)
+    assert failed(result) == {"hooks"}
+    assert result.failures[0].what == "shaped layer4.1.conv2; the switches name layer1.1.conv1"
+
+
+@pytest.mark.parametrize(
+    "switches, expected",
+    [
+        ({"layers": [1, 8, 20]}, ["conv1", "layer2.0.downsample.0", "layer4.1.conv2"]),
+        (
+            {"layers": "all", "every": 6},
+            ["layer2.0.conv1", "layer3.0.conv2", "layer4.0.downsample.0"],
+        ),
+        ({"layers": 2, "after": "relu"}, ["layer1.0.relu"]),
+        ({"layers": "layer1.?.bn1", "after": "bn"}, ["layer1.0.bn1", "layer1.1.bn1"]),
+        ({"layers": "layer2.1.conv2"}, ["layer2.1.conv2"]),
+    ],
+)
+def test_the_layers_that_switches_name(tmp_path, switches, expected):
+    """By hand, and by the code that shapes them, which the made records ask."""
+    said = {"mode": "random", "p_zero": 0.5, "data": "PACS", "epochs": 1, "limit": 20}
+    config, _ = resolve(said | {"preset": "course-template", "device": "cpu"} | switches)
+    run = read_run(write_run(tmp_path / "run", config))
+    assert audit.layers_of(run) == expected == list(run.layers)
+    assert list(audit.hooks(run)) == []
+
+
+def test_a_test_on_another_number_of_images(run):
+    rows = [dict(row, target_total=2048) for row in run.rows]
+    found = list(audit.k_of_n(replace(run, rows=rows)))
+    assert found[0] == "epoch 1: tested on 2048 images; the target has 2344"
+    assert list(audit.k_of_n(run)) == []
+
+
+def test_more_labelled_images_than_the_source_has(run):
+    rows = [dict(row, source_train_total=2048 + 2344) for row in run.rows]
+    found = list(audit.labels(replace(run, rows=rows)))
+    assert found[0] == "epoch 1: trained on 4392 images, the source has 2048"
+
+
+def test_a_selection_without_held_out_images(run):
+    found = list(audit.labels(replace(run, summary=dict(run.summary, selected_epoch=2))))
+    assert found == ["an epoch was selected, but no source image was held out to do it by"]
+
+
+def test_batch_norm_statistics_that_moved(run):
+    assert run.summary["bn_untouched"] is True
+    for untouched in (False, None):
+        moved = replace(run, summary=dict(run.summary, bn_untouched=untouched))
+        assert list(audit.batch_norm(moved)) == [
+            f"record_mode eval, but bn_untouched is {untouched}"
+        ]
+
+
+def test_target_images_in_a_method_without_them(whole):
+    run = read_run(whole / "baseline-art_painting-cartoon-s0")
+    run = replace(run, summary=dict(run.summary, bn_untouched=True))
+    assert len(list(audit.batch_norm(run))) == 1
+
+
+# --- several records --------------------------------------------------------------------------
+
+
+def test_an_arm_whose_runs_differ(tmp_path):
+    folder = write_suite(tmp_path / "small")
+    config, _ = resolve({"preset": "course-template", "mode": "da", "layers": 4, "epochs": 3,
+                         "data": "PACS", "target": "cartoon", "momentum": 0.8, "device": "cpu",
+                         "seed": 2})  # fmt: skip
+    write_run(folder / "da-art_painting-cartoon-s2", config)
+    result = audited(folder)
+    assert failed(result) == {"arms"}
+    assert "momentum 0.9 -> 0.8" in result.failures[0].what
+
+
+def test_a_difference_that_no_arm_states(tmp_path):
+    """Preset report-b runs target maps at batch 256, which nobody who reads the arms would know."""
+    folder = write_suite(tmp_path / "small", changed("defaults", preset="report-b"))
+    result = audited(folder)
+    assert failed(result) == {"confounds", "updates"}
+    what = {(r.rule, r.what) for r in result.failures}
+    assert what == {("confounds", "batch_size 128 -> 256"), ("updates", "updates 48 -> 24")}
+    assert all(r.where == "shaping: da and baseline" for r in result.failures)
+
+
+def test_a_difference_that_an_arm_states_is_named_and_passes(tmp_path):
+    text = changed("defaults", epochs=None, updates=32)
+    content = yaml.safe_load(text)
+    content["tables"]["shaping"]["arms"]["da"]["batch_size"] = 64
+    result = audited(write_suite(tmp_path / "small", yaml.safe_dump(content)))
+    assert result.passes
+    assert [(r.rule, r.what) for r in result.remarks] == [("confounds", "batch_size 128 -> 64")]
+
+
+def test_a_stated_batch_size_does_not_excuse_unequal_updates(tmp_path):
+    text = changed("tables.shaping.arms.da", batch_size=64)
+    result = audited(write_suite(tmp_path / "small", text))
+    assert failed(result) == {"updates"}
+
+
+def test_other_weights_and_other_versions(tmp_path):
+    folder = write_suite(tmp_path / "small")
+    for run in [path for path in folder.iterdir() if path.name.startswith("da-")]:
+        config, rows, summary = record.read(run)
+
+        def other(config, rows, summary):
+            summary["weights"]["sha256"] = "cd" * 32
+            summary["versions"]["torch"] = "9.9"
+
+        seal_again(run, other)
+    result = audited(folder)
+    assert failed(result) == {"weights"}
+    assert [r.what for r in result.remarks if r.rule == "code"][0].endswith("-> 9.9")
+
+
+def test_without_a_suite_every_difference_is_named(tmp_path):
+    """Nobody planned these comparisons, so none is a failure."""
+    folder = write_suite(tmp_path / "small", changed("defaults", preset="report-b"))
+    (folder / "suite.json").unlink()
+    result = audited(folder)
+    assert result.passes
+    assert {r.what for r in result.remarks} >= {"batch_size 128 -> 256", "updates 48 -> 24"}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["a", "b"], ["nowhere"]])
+def test_bad_input(arguments, capsys):
+    assert audit.main(arguments) == 2
+    assert capsys.readouterr().err
+
+
+def test_an_empty_folder_and_a_foreign_index(tmp_path, capsys):
+    assert audit.main([str(tmp_path)]) == 2
+    assert "holds neither suite.json nor the record of a run" in capsys.readouterr().err
+    for text, words in (('{"format": 99}', "has format 99"), ("{", "half-written"),
+                        ('{"format": 1}', "not as suite.py writes it"), ("[]", "not as suite.py")):  # fmt: skip
+        (tmp_path / "suite.json").write_text(text)
+        assert audit.main([str(tmp_path)]) == 2
+        assert words in capsys.readouterr().err
