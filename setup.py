@@ -136,7 +136,12 @@ def cuda_facts() -> dict:
 
 
 def extension(name: str, sources: list[str], defines=(), **arguments):
-    import pybind11
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        raise SystemExit(
+            "pybind11 is missing: pip install pybind11, or FASTSHAPE_SKIP_EXT=1 to install without compiled kernels"
+        ) from None
     import torch
     from torch.utils.cpp_extension import CppExtension
 
@@ -147,7 +152,9 @@ def extension(name: str, sources: list[str], defines=(), **arguments):
         "-Wall",
         "-Wextra",
         "-fvisibility=hidden",
-        # Bits must not depend on what the compiler may assume about numbers: no -march=native, no -ffast-math.
+        # Bits must not depend on what the compiler may assume about numbers: no -march=native, no -ffast-math, and no
+        # product joined with a sum.
+        "-ffp-contract=off",
         f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
         f'-DFASTSHAPE_TORCH_ABI_TARGET="{TORCH_ABI_TARGET}"',
         f'-DFASTSHAPE_BUILT_WITH_TORCH="{torch.__version__}"',
@@ -176,6 +183,9 @@ def cpu_extension():
             "csrc/cpu/kernels.cpp",
             "csrc/cpu/plain.cpp",
             "csrc/cpu/avx2.cpp",
+            "csrc/cpu/avx512.cpp",
+            "csrc/cpu/batch_norm_plain.cpp",
+            "csrc/cpu/batch_norm_avx2.cpp",
         ],
     )
 
@@ -211,27 +221,33 @@ def cuda_extension(cuda: dict):
     return result
 
 
-def compile_kernels(cuda: dict, folder: str) -> str:
-    """nvcc's own step: the kernels know no torch, and torch's way of calling nvcc asks for more of CUDA than they need."""
+def compile_kernels(cuda: dict, folder: str) -> list[str]:
+    """nvcc's own step: the kernels know no torch, and torch's way of calling nvcc asks for more of CUDA than they need.
+
+    One nvcc a file, all at once. Returns the object files.
+    """
     os.makedirs(folder, exist_ok=True)
-    target = os.path.join(folder, "kernels.cu.o")
-    command = [
-        cuda["nvcc"],
-        "-std=c++17",
-        "-O3",
-        "-Icsrc/include",
-        "-Xcompiler=-fPIC,-Wall,-Wextra,-fvisibility=hidden",
-        f"--threads={min(len(cuda['architectures']), os.cpu_count() or 1)}",
-        *architecture_flags(cuda["architectures"]),
-        "-c",
-        "csrc/cuda/kernels.cu",
-        "-o",
-        target,
-    ]
-    print(shlex.join(command), flush=True)
-    if subprocess.run(command).returncode:
+    targets, compilers = [], []
+    for source in sorted(glob.glob("csrc/cuda/*.cu")):
+        targets.append(os.path.join(folder, os.path.basename(source) + ".o"))
+        command = [
+            cuda["nvcc"],
+            "-std=c++17",
+            "-O3",
+            "-Icsrc/include",
+            "-Xcompiler=-fPIC,-Wall,-Wextra,-fvisibility=hidden",
+            f"--threads={min(len(cuda['architectures']), os.cpu_count() or 1)}",
+            *architecture_flags(cuda["architectures"]),
+            "-c",
+            source,
+            "-o",
+            targets[-1],
+        ]
+        print(shlex.join(command), flush=True)
+        compilers.append(subprocess.Popen(command))
+    if any([compiler.wait() for compiler in compilers]):
         raise SystemExit("nvcc failed; FASTSHAPE_CUDA=0 builds fastshape without CUDA kernels")
-    return target
+    return targets
 
 
 def extension_arguments() -> dict:
@@ -252,7 +268,7 @@ def extension_arguments() -> dict:
         def build_extensions(self):
             if cuda["built"]:
                 folder = os.path.join(self.build_temp, "csrc", "cuda")
-                extensions[1].extra_objects = [compile_kernels(cuda, folder)]
+                extensions[1].extra_objects = compile_kernels(cuda, folder)
             super().build_extensions()
 
         def run(self):

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 _SOURCES = ("none", "random", "bits")  # fastshape::MaskSource
+_PATTERNS = ("planes", "rows", "any")  # fastshape::cuda::Pattern
+_BITS = {"s": 16, "i": 32, "l": 64}
 
 
 @dataclass
@@ -30,13 +32,10 @@ class Kernel:
     local: int = 0
     loads_16: int = 0
     stores_16: int = 0
+    table_loads_16: int = 0  # of what the channels have, which is read through the constant path
     local_accesses: int = 0  # LDL, STL
-    loop_instructions: int = 0  # of the loop with the most 16-byte loads
+    loop_instructions: int = 0  # of the loop with the most 16-byte loads or, without any, stores
     per_element: float = 0.0
-
-    @property
-    def is_shape(self) -> bool:
-        return self.name.startswith("shape")
 
 
 def tool(name: str) -> str | None:
@@ -65,12 +64,17 @@ def _readable(symbol: str) -> str:
     name = found[1]
     rest = symbol[found.end() :]
     parts = re.findall(r"NS_\d+(Float\d+|BFloat\d+|Byte)E", rest)
+    parts += [f"{_BITS[code]} bits" for code in re.findall(r"^I([sil])L", rest)]
     flags = [int(value) for value in re.findall(r"Lb([01])E", rest)]
     if name == "shape":
         parts += ["binarize"] * flags[0] + ["within_one"] * flags[1]
+    elif name == "ones":
+        parts += ["within_one"] * flags[0]
     elif name == "unpack":
         parts += ["aligned"] * flags[0]
     parts += [_SOURCES[int(value)] for value in re.findall(r"MaskSourceE(\d)E", rest)]
+    parts += [_PATTERNS[int(value)] for value in re.findall(r"PatternE(\d)E", rest)]
+    parts += [f"{lanes} lanes" for lanes in re.findall(r"Li(\d+)E", rest)]
     return f"{name}<{', '.join(parts)}>"
 
 
@@ -97,9 +101,12 @@ def _resources(cuobjdump: str, path: Path) -> dict[tuple[str, str], Kernel]:
 
 def _read_code(kernel: Kernel, code: list[tuple[int, str]]) -> None:
     """Counts in the disassembly: (address, instruction) in order."""
-    loads = [address for address, text in code if re.search(r"\bLDG\.E\S*\.128", text)]
-    kernel.loads_16 = len(loads)
-    kernel.stores_16 = sum(bool(re.search(r"\bSTG\.E\S*\.128", text)) for _, text in code)
+    loads = [a for a, text in code if re.search(r"\bLDG\.E\.128(?!\S*CONSTANT)", text)]
+    kernel.table_loads_16 = sum(
+        bool(re.search(r"\bLDG\.E\.128\S*CONSTANT", text)) for _, text in code
+    )
+    stores = [a for a, text in code if re.search(r"\bSTG\.E\S*\.128", text)]
+    kernel.loads_16, kernel.stores_16 = len(loads), len(stores)
     kernel.local_accesses = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for _, text in code)
     best = 0
     for address, text in code:
@@ -107,12 +114,14 @@ def _read_code(kernel: Kernel, code: list[tuple[int, str]]) -> None:
         if not found or int(found[1], 16) > address:
             continue
         start = int(found[1], 16)
-        inside = sum(start <= load <= address for load in loads)
+        inside = sum(start <= a <= address for a in loads or stores)
         if inside > best:
             best = inside
             kernel.loop_instructions = sum(start <= a <= address for a, _ in code)
-    if best and (bits := re.search(r"Float(\d+)", kernel.name)):
-        kernel.per_element = round(kernel.loop_instructions / (best * 128 / int(bits[1])), 2)
+    if best and (bits := re.search(r"Float(\d+)|(?<=<)(\d+)(?= bits)", kernel.name)):
+        kernel.per_element = round(
+            kernel.loop_instructions / (best * 128 / int(bits[1] or bits[2])), 2
+        )
 
 
 def report(path: Path, cuobjdump: str) -> list[Kernel]:

@@ -33,6 +33,12 @@ py::bytes pack_bools(const py::bytes& values) {
   return bits;
 }
 
+std::string limit_simd(const std::string& simd) {
+  const char* in_use = fastshape::cpu::limit_simd(simd);
+  if (!in_use) throw py::value_error("simd='" + simd + "': allowed are plain, avx2, avx512");
+  return in_use;
+}
+
 py::dict build_facts() {
   py::dict facts;
   facts["compiler"] = __VERSION__;
@@ -51,6 +57,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("random_bits", &random_bits, py::arg("seed"), py::arg("offset"), py::arg("n"), py::arg("p_zero"), py::arg("chunk_bytes"),
         "Packed random mask of n elements, computed chunk_bytes mask bytes at a time.");
   m.def("pack_bools", &pack_bools, py::arg("values"), "Packed bits of a string of bytes, one element a byte.");
-  m.def("allow_simd", &fastshape::cpu::allow_simd, py::arg("allowed"), "Allow or forbid SIMD; returns the path now in use.");
+  m.def("limit_simd", &limit_simd, py::arg("simd"), "Use nothing above plain, avx2 or avx512; returns the path now in use.");
   m.def("build_facts", &build_facts, "What this file was built with.");
 }

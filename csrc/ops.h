@@ -1,6 +1,6 @@
-// The ops of fastshape/_ops.py as torch calls them: what is the same on every device. The glue of a device adds what
-// differs: where new memory comes from and how a kernel is run. LibTorch stable ABI only, so that one binary serves
-// every torch from 2.10 on.
+// The elementwise ops of fastshape/_ops.py as torch calls them: what is the same on every device. The glue of a device
+// adds what differs: where new memory comes from and how a kernel is run. LibTorch stable ABI only, so that one binary
+// serves every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -159,16 +159,8 @@ struct Ops {
     return out;
   }
 
-  // What STABLE_TORCH_LIBRARY_IMPL does, but when asked and not when the file is loaded: the tests of the primitives load
-  // it also where another backend was chosen. Once; later calls do nothing.
-  static void register_all() {
-    static TorchLibraryHandle library = nullptr;
-    if (library) return;
-    // The check of 2.10's headers: the STABLE_ one beside it is of a later torch, which one may be built with, but not all have.
-    TORCH_ERROR_CODE_CHECK(aoti_torch_library_init_impl("fastshape", Backend::kKey, __FILE__, __LINE__, &library));
-    const auto impl = [](const char* name, void (*kernel)(StableIValue*, uint64_t, uint64_t)) {
-      TORCH_ERROR_CODE_CHECK(torch_library_impl(library, name, kernel, TORCH_ABI_VERSION));
-    };
+  template <class Impl>
+  static void implement(const Impl& impl) {
     impl("shape", TORCH_BOX(&shape));
     impl("shape_", TORCH_BOX(&shape_));
     impl("shape_clipped", TORCH_BOX(&shape_clipped));

@@ -12,6 +12,11 @@ import torch
 NAMESPACE = "fastshape"
 
 _MASK = "Tensor? rng_state, Tensor? bits, float p_zero, bool binarize"
+_BATCH_NORM = (
+    "Tensor? rng_state, Tensor? bits, float p_zero, Tensor? weight, Tensor? bias, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, "
+    "bool relu, bool clipped"
+)
 SCHEMAS = {
     "shape": f"(Tensor x, {_MASK}) -> Tensor",
     "shape_": f"(Tensor(a!) x, {_MASK}) -> ()",
@@ -20,6 +25,12 @@ SCHEMAS = {
     "pack": "(Tensor x) -> Tensor",
     "pack_random": "(Tensor rng_state, SymInt n, float p_zero) -> Tensor",
     "unpack": "(Tensor bits, SymInt n) -> Tensor",
+    "shaped_batch_norm": f"(Tensor x, {_BATCH_NORM}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "shaped_batch_norm_": f"(Tensor(c!) x, {_BATCH_NORM}) -> (Tensor, Tensor, Tensor)",
+    "shaped_batch_norm_backward": (
+        "(Tensor grad, Tensor ones, Tensor statistics, Tensor? rng_state, Tensor? bits, float p_zero, "
+        "Tensor? weight, Tensor? bias, bool training, bool relu, bool needs_x) -> (Tensor, Tensor, Tensor)"
+    ),
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -63,6 +74,35 @@ def _(rng_state, n, p_zero):
 @torch.library.register_fake(f"{NAMESPACE}::unpack")
 def _(bits, n):
     return bits.new_empty((n,), dtype=torch.bool)
+
+
+def _saved(x, clipped):
+    """What `shaped_batch_norm` gives beside y: ones, within_one, statistics."""
+    n = _bytes_for(x.numel())
+    return (
+        x.new_empty((n,), dtype=torch.uint8),
+        x.new_empty((n if clipped else 0,), dtype=torch.uint8),
+        x.new_empty((2, x.shape[1]), dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::shaped_batch_norm")
+def _(x, *arguments):
+    return torch.empty_like(x), *_saved(x, clipped=arguments[-1])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::shaped_batch_norm_")
+def _(x, *arguments):
+    return _saved(x, clipped=arguments[-1])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::shaped_batch_norm_backward")
+def _(grad, ones, statistics, rng_state, bits, p_zero, weight, bias, training, relu, needs_x):
+    return (
+        torch.empty_like(grad) if needs_x else grad.new_empty((0,)),
+        grad.new_empty((0,)) if weight is None else torch.empty_like(weight),
+        grad.new_empty((0,)) if bias is None else torch.empty_like(bias),
+    )
 
 
 def refuse_vmap(info, in_dims, *args):

@@ -19,6 +19,8 @@ __all__ = [
     "philox_words",
     "shape",
     "shape_clipped",
+    "shaped_batch_norm",
+    "shaped_batch_norm_backward",
     "unpack",
 ]
 
@@ -141,6 +143,151 @@ def shape_clipped(
         within_one = within_one & mask
     kept = within_one.as_strided((x.numel(),), (1,))
     return shape(x, rng_state, bits, p_zero, binarize), pack_bool(kept)
+
+
+def _table(statistics: Tensor, weight: Tensor | None, bias: Tensor | None):
+    """float64 per channel: scale; xhat of a zero and of a one; y of a zero and of a one, before ReLU."""
+    mean, invstd = statistics
+    scale = invstd if weight is None else weight.double() * invstd
+    bias = torch.zeros_like(mean) if bias is None else bias.double()
+    normalized = (-mean * invstd, (1 - mean) * invstd)
+    return scale, normalized, (bias + -mean * scale, bias + (1 - mean) * scale)
+
+
+def _entries(y: tuple, dtype: torch.dtype, relu: bool) -> tuple[Tensor, Tensor]:
+    """`_table`'s y as written: rounded to float32, then to `dtype` (float64 stays), then ReLU."""
+    if dtype != torch.float64:
+        y = [t.float() for t in y]
+    y = [t.to(dtype) for t in y]
+    return tuple(torch.where(t <= 0, 0, t) if relu else t for t in y)
+
+
+def _per_channel(t: Tensor) -> Tensor:
+    return t.view(1, -1, 1, 1)
+
+
+def shaped_batch_norm(
+    x: Tensor,
+    rng_state: Tensor | None,
+    bits: Tensor | None,
+    p_zero: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    clipped: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """BatchNorm2d, then ReLU with `relu`, of ``a = B(x) * M``: two numbers per channel.
+
+    With k ones among the m elements of a channel: mean = k / m, var = mean (1 - mean) (both exact but for
+    the rounding of float64), y(a) = bias + (a - mean) weight / sqrt(var + eps), in float64, then rounded
+    to x's dtype. With `training` the statistics are the batch's, and the running ones move by `momentum`
+    (the share of the new), their variance being the unbiased one; else the running ones are used.
+
+    Args:
+        x: (N, C, H, W), contiguous or channels_last; float16, bfloat16, float32 or float64.
+        rng_state, bits, p_zero: as in `shape`.
+        weight, bias: (C,), or both None.
+        running_mean, running_var: (C,), changed in place, or both None.
+        clipped: also give the bits of M * 1[abs(x) <= 1].
+
+    Returns:
+        y: of x's shape, dtype and memory format.
+        ones: uint8, the bits of B(x) * M.
+        within_one: uint8, the bits of M * 1[abs(x) <= 1]; empty unless `clipped`.
+        statistics: float64 (2, C): mean and 1 / sqrt(var + eps).
+    """
+    if clipped:
+        a, within_one = shape_clipped(x, rng_state, bits, p_zero, True)
+    else:
+        a, within_one = shape(x, rng_state, bits, p_zero, True), x.new_empty(0, dtype=torch.uint8)
+    a = a > 0
+    if training:
+        m = x.numel() // x.shape[1]
+        mean = a.sum((0, 2, 3)).double() / m
+        var = mean * (1 - mean)
+        if running_mean is not None and m > 0:
+            for running, now in ((running_mean, mean), (running_var, var * m / (m - 1))):
+                running.copy_((1 - momentum) * running.double() + momentum * now)
+    else:
+        mean, var = running_mean.double(), running_var.double()
+    # On a CPU this is 1 / sqrt, each rounded once; torch's sqrt alone may be off by the last bit.
+    statistics = torch.stack([mean, (var + eps).rsqrt()])
+    zero, one = _entries(_table(statistics, weight, bias)[2], x.dtype, relu)
+    y = torch.where(a, _per_channel(one), _per_channel(zero))
+    return y.contiguous(memory_format=_format_of(x)), pack(a), within_one, statistics
+
+
+def _format_of(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def shaped_batch_norm_backward(
+    grad: Tensor,
+    ones: Tensor,
+    statistics: Tensor,
+    rng_state: Tensor | None,
+    bits: Tensor | None,
+    p_zero: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    relu: bool,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of `shaped_batch_norm`: BatchNorm's own, then the straight-through one, da * M.
+
+    Sums over a channel are in float64. dx = M (scale[a] dy + shift[a]) is in float32 (float64 for float64),
+    the product and the sum each rounded. Where scale[a] is 0, as behind a closed ReLU, dy is not looked at.
+
+    Args:
+        grad: dL/dy, of y's shape, dtype and memory format.
+        ones, statistics, weight, bias, training, relu: what the forward had and gave.
+        rng_state, bits, p_zero: M; for the clipped gradient, `bits` are the forward's within_one.
+        needs_x: whether to give dx.
+
+    Returns:
+        dL/dx (empty unless `needs_x`); dL/dweight and dL/dbias, of weight's dtype (empty without one).
+    """
+    a = unpack(ones, grad.numel()).as_strided(grad.size(), grad.stride())
+    m = grad.numel() // grad.shape[1]
+    scale, normalized, y = _table(statistics, weight, bias)
+    passes = [
+        ~(t <= 0) if relu else torch.ones_like(t, dtype=torch.bool)
+        for t in _entries(y, grad.dtype, False)
+    ]
+    zero = torch.zeros((), dtype=torch.float64, device=grad.device)
+    sums = [torch.where(where, grad.double(), zero).sum((0, 2, 3)) for where in (~a, a)]
+    sums = [torch.where(p, s, zero) for p, s in zip(passes, sums, strict=True)]
+    grad_bias = sums[0] + sums[1]
+    grad_weight = sums[0] * normalized[0] + sums[1] * normalized[1]
+    if weight is None:
+        parameters = grad.new_empty(0), grad.new_empty(0)
+    else:
+        parameters = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    if not needs_x:
+        return grad.new_empty(0), *parameters
+
+    accumulator = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    dx = []
+    for passing, xhat in zip(passes, normalized, strict=True):
+        shift = (
+            -scale * (grad_bias / m + xhat * (grad_weight / m))
+            if training
+            else zero.expand_as(scale)
+        )
+        factor = _per_channel(torch.where(passing, scale, zero).to(accumulator))
+        product = torch.where(factor != 0, factor * grad.to(accumulator), 0)
+        dx.append(product + _per_channel(shift.to(accumulator)))
+    dx = torch.where(a, dx[1], dx[0]).to(grad.dtype)
+    mask = _mask(grad, rng_state, bits, p_zero)
+    if mask is not None:
+        dx = torch.where(mask, dx, torch.zeros((), dtype=grad.dtype, device=grad.device))
+    return dx.contiguous(memory_format=_format_of(grad)), *parameters
 
 
 class _Differentiable(torch.autograd.Function):

@@ -64,10 +64,19 @@ def imagenet_weights() -> Path:
 
 @pytest.fixture
 def kernels():
-    """The compiled module's primitives; SIMD is allowed again afterwards."""
-    module = pytest.importorskip("fastshape._C", reason="the compiled kernels are not built")
-    yield module
-    module.allow_simd(True)
+    """The compiled module's primitives."""
+    return pytest.importorskip("fastshape._C", reason="the compiled kernels are not built")
+
+
+@pytest.fixture(params=("plain", "avx2", "avx512"))
+def simd(request, kernels) -> str:
+    """The kernels of one instruction set, and of those below it where it has none of its own."""
+    try:
+        if kernels.limit_simd(request.param) != request.param:
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param
+    finally:
+        kernels.limit_simd("avx512")
 
 
 @pytest.fixture

@@ -13,9 +13,7 @@ from fastshape import BitMask, rng_state
 
 
 @pytest.mark.parametrize("n", (0, 1, 10, 63, 64, 65, 99, 999, 131072, 999_999))
-@pytest.mark.parametrize("simd", (True, False))
 def test_layout_is_that_of_numpy_packbits(kernels, n, simd):
-    kernels.allow_simd(simd)
     values = np.random.default_rng(n).random(n) < 0.4
     expected = np.packbits(values, bitorder="little")
     mask = BitMask.from_bool(torch.from_numpy(values))

@@ -1,14 +1,17 @@
 """The CUDA kernels' source, compiled as C++ and run a warp at a time: the same bits as the reference, without a GPU.
 
-A warp is 32 threads that meet at every exchange. That proves the arithmetic, who owns which byte, the tails and the
+A warp's 32 lanes run in turn, each to the next exchange. That proves the arithmetic, who owns which byte, the tails and the
 bounds; it proves nothing about memory models, speed or the launch.
 """
 
 import ctypes
+import math
 import platform
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -25,22 +28,59 @@ STATE = torch.tensor([1234567, 2**32 - 2])
 GUARD = 16  # elements before and after, which must stay as they are
 
 
+class Pointer:
+    """A tensor, or None, as a C function's argument."""
+
+    @classmethod
+    def from_param(cls, t: torch.Tensor | None) -> ctypes.c_void_p:
+        return pointer(t)
+
+
+TYPES = {"p": Pointer, "i": ctypes.c_int, "l": ctypes.c_int64, "d": ctypes.c_double}
+SIGNATURES = {  # of emulation.cpp
+    "ones": "ippplppd",
+    "count": "plllp",
+    "normalize": "ppippiiddiipllpp",
+    "look_up": "iplllpp",
+    "partials": "lll",
+    "sums": "ipplllp",
+    "differentiate": "ppiiiipplllppp",
+    "grad_input": "ipplllppdpp",
+    "divided": "ll",
+}
+
+
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     compiler = shutil.which("c++")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("needs a C++ compiler on x86-64")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    launch = "kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(arguments...);"
-    call = "(void)stream; emulation::run(blocks, kThreads, [&] { kernel(arguments...); });"
-    source = (CSRC / "cuda" / "kernels.cu").read_text()
-    assert source.count("<<<") == source.count(launch) == 1
-    (folder / "kernels.cpp").write_text(source.replace(launch, call))
-    command = [compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread"]
-    command += [f"-I{HERE / 'cuda_on_cpu'}", f"-I{CSRC / 'cuda'}", f"-I{CSRC / 'include'}"]
-    command += [folder / "kernels.cpp", HERE / "cuda_on_cpu" / "emulation.cpp"]
-    subprocess.run([*command, "-o", folder / "emulated.so"], check=True, timeout=120)
-    return ctypes.CDLL(str(folder / "emulated.so"))
+    launch = "kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(arguments...);"
+    call = "(void)stream; emulation::run(blocks, threads, [&] { kernel(arguments...); });"
+    launches = 0
+    for path in (CSRC / "cuda").glob("*.cu*"):
+        source = path.read_text()
+        assert source.count("<<<") == source.count(launch)
+        launches += source.count(launch)
+        name = path.with_suffix(".cpp").name if path.suffix == ".cu" else path.name
+        (folder / name).write_text(source.replace(launch, call))
+    assert launches == 1
+    command = [compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-pthread"]
+    command += [f"-I{folder}", f"-I{HERE / 'cuda_on_cpu'}", f"-I{CSRC / 'include'}"]
+    sources = [*folder.glob("*.cpp"), HERE / "cuda_on_cpu" / "emulation.cpp"]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    compilers = [
+        subprocess.Popen([*command, "-c", source, "-o", target])
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    assert [process.wait(timeout=300) for process in compilers] == [0] * len(sources)
+    subprocess.run([*command, "-shared", *objects, "-o", folder / "emulated.so"], check=True)
+    library = ctypes.CDLL(str(folder / "emulated.so"))
+    for name, codes in SIGNATURES.items():
+        getattr(library, name).argtypes = [TYPES[code] for code in codes]
+    library.partials.restype = library.divided.restype = ctypes.c_int64
+    return library
 
 
 def pointer(t: torch.Tensor | None) -> ctypes.c_void_p:
@@ -146,3 +186,295 @@ def test_grid_is_sized_from_the_device_and_changes_nothing(emulated):
         emulated.set_device(2, 1)
     # 58 steps and three tiles of the tail: 61 warps of work, 8 a block.
     assert grids == [4, 8, 8]
+
+
+# ---- shape + BatchNorm2d (+ ReLU), step by step ----
+
+PLANES = ((1, 1), (3, 5), (7, 7), (14, 14), (112, 5))
+CHANNELS = (1, 3, 8, 20, 64)
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def flat(t: torch.Tensor) -> torch.Tensor:
+    return reference.in_memory_order(t)
+
+
+def inner_of(x: torch.Tensor) -> int:
+    return x.shape[2] * x.shape[3] if x.is_contiguous() else 1
+
+
+def bits_for(n: int) -> torch.Tensor:
+    return torch.full(((n + 7) // 8,), 0xAA, dtype=torch.uint8)
+
+
+def placed(t: torch.Tensor, shift: int):
+    """(storage with guards, a tensor inside it like t); aligned to 16 bytes where shift is 0."""
+    storage = guarded(flat(t), shift)
+    return storage, inside(storage, shift, t.numel()).as_strided(
+        t.size(), t.stride(), GUARD + shift
+    )
+
+
+def assert_equal_numbers(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """The same bits, but that a NaN is a NaN."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    same = as_bits(actual) == as_bits(expected)
+    assert (same | (actual.isnan() & expected.isnan())).all()
+
+
+class Layer:
+    """What a BatchNorm2d has, with weights of both signs and one that is 0."""
+
+    def __init__(
+        self, channels, *, affine=True, tracks=True, training=True, relu=True, dtype=torch.float32
+    ):
+        generator = torch.Generator().manual_seed(channels)
+        self.training, self.relu = training, relu
+        self.weight = self.bias = self.running_mean = self.running_var = None
+        if affine:
+            self.weight = torch.randn(channels, generator=generator).to(dtype)
+            self.weight[channels // 2] = 0
+            self.bias = torch.randn(channels, generator=generator).to(dtype)
+        if tracks:
+            self.running_mean = torch.rand(channels, generator=generator)
+            self.running_var = torch.rand(channels, generator=generator)
+
+    @property
+    def running(self) -> tuple:
+        return self.running_mean, self.running_var
+
+    @property
+    def parameters(self) -> tuple:
+        """For C: weight, bias and the code of their dtype."""
+        code = CODES[self.weight.dtype] if self.weight is not None else 0
+        return self.weight, self.bias, code
+
+    def reference_forward(self, x, masks, p_zero, clipped):
+        """y, ones, within_one, statistics, running statistics: those of the layer stay as they are."""
+        running = [None if t is None else t.clone() for t in self.running]
+        out = reference.shaped_batch_norm(
+            x, *masks, p_zero, self.weight, self.bias, *running, self.training, 0.1, 1e-5, self.relu, clipped
+        )  # fmt: skip
+        return *out, running
+
+    def reference_backward(self, grad, ones, statistics, masks, p_zero):
+        return reference.shaped_batch_norm_backward(
+            grad, ones, statistics, *masks, p_zero, self.weight, self.bias, self.training, self.relu, True
+        )  # fmt: skip
+
+    def emulated_forward(self, emulated, x, y, masks, p_zero, clipped):
+        n, channels = x.numel(), x.shape[1]
+        ones, within_one = bits_for(n), bits_for(n if clipped else 0)
+        code, running = CODES[x.dtype], [None if t is None else t.clone() for t in self.running]
+        assert emulated.ones(code, x, ones, within_one if clipped else None, n, *masks, p_zero) == 0
+        counts = torch.full((channels if self.training else 0,), 77)
+        if self.training:
+            assert emulated.count(ones, n, channels, inner_of(x), counts) == 0
+        statistics = torch.full((2, channels), 7.0, dtype=torch.float64)
+        table = torch.full((2, channels), 7, dtype=x.dtype)
+        assert (
+            emulated.normalize(
+                *self.parameters, *running, CODES[torch.float32], self.training, 0.1, 1e-5, self.relu, code,
+                counts if self.training else None, n, channels, statistics, table,
+            )
+            == 0
+        )  # fmt: skip
+        assert emulated.look_up(code, ones, n, channels, inner_of(x), table, y) == 0
+        return ones, within_one, statistics, running
+
+    def emulated_sums(self, emulated, grad, ones):
+        """float64 (parts, 2, channels)."""
+        shape = grad.numel(), grad.shape[1], inner_of(grad)
+        parts = torch.full((emulated.partials(*shape), 2, grad.shape[1]), 7.0, dtype=torch.float64)
+        assert emulated.sums(CODES[grad.dtype], grad, ones, *shape, parts) == 0
+        return parts
+
+    def emulated_backward(self, emulated, grad, dx, ones, statistics, masks, p_zero):
+        """d(weight), d(bias) and the coefficients; writes dx."""
+        n, channels = grad.numel(), grad.shape[1]
+        parts = self.emulated_sums(emulated, grad, ones)
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        coefficients = torch.full((4, channels), 7, dtype=wide)
+        grads = [None if t is None else torch.full_like(t, 7) for t in (self.weight, self.bias)]
+        assert (
+            emulated.differentiate(
+                *self.parameters, self.training, self.relu, CODES[grad.dtype], statistics, parts,
+                len(parts), n, channels, *grads, coefficients,
+            )
+            == 0
+        )  # fmt: skip
+        shape = n, channels, inner_of(grad)
+        assert (
+            emulated.grad_input(
+                CODES[grad.dtype], grad, ones, *shape, *masks, p_zero, coefficients, dx
+            )
+            == 0
+        )
+        return *grads, coefficients
+
+
+def mask_of(kind: str, n: int) -> tuple:
+    """(rng_state, bits)"""
+    bits = reference.pack(awkward(n, torch.float32, seed=9)) if kind == "bits" else None
+    return (STATE if kind == "random" else None), bits
+
+
+def images_of(channels: int, plane: tuple) -> int:
+    """1 to 5, another for another shape."""
+    return (channels + plane[0]) % 5 + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("kind", ("random", "bits", "none"))
+def test_batch_norm_forward(emulated, dtype, memory_format, kind):
+    for case, (channels, plane) in enumerate(product(CHANNELS, PLANES)):
+        shape = (images_of(channels, plane), channels, *plane)
+        x = awkward(math.prod(shape), dtype).view(shape).contiguous(memory_format=memory_format)
+        masks, shift, clipped = mask_of(kind, x.numel()), case % 2, case % 3 == 0
+        layer = Layer(channels, relu=case % 4 != 1, affine=case % 5 != 2, training=case % 6 != 5)
+        y, *expected = layer.reference_forward(x, masks, 0.37, clipped)
+        source, given = placed(x, shift)
+        before = source.clone()
+        target, actual = (source, given) if case % 2 else placed(torch.zeros_like(x), 0)
+        ones, within, statistics, running = layer.emulated_forward(
+            emulated, given, actual, masks, 0.37, clipped
+        )
+        assert torch.equal(ones, expected[0]) and torch.equal(within, expected[1])
+        assert_equal_numbers(statistics, expected[2])
+        for now, then in zip(running, expected[3], strict=True):
+            assert_equal_numbers(now, then)
+        assert_equal_numbers(actual, y)
+        assert_guards(target, shift if case % 2 else 0, x.numel())
+        assert case % 2 or torch.equal(as_bits(source), as_bits(before))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("kind", ("random", "bits", "none"))
+def test_batch_norm_backward(emulated, dtype, memory_format, kind):
+    """Gradients that are eighths of small integers: their sums are exact in every order, so that all is bit for bit."""
+    for case, (channels, plane) in enumerate(product(CHANNELS, PLANES)):
+        shape = (images_of(channels, plane), channels, *plane)
+        x = awkward(math.prod(shape), dtype).view(shape).contiguous(memory_format=memory_format)
+        masks, shift = mask_of(kind, x.numel()), case % 2
+        parameters = (torch.float32, dtype)[case % 2]
+        layer = Layer(
+            channels, relu=case % 4 != 1, affine=case % 5 != 2, training=case % 6 != 5, dtype=parameters
+        )  # fmt: skip
+        _, ones, _, statistics, _ = layer.reference_forward(x, masks, 0.37, False)
+        generator = torch.Generator().manual_seed(case)
+        grad = torch.randint(-16, 17, shape, generator=generator).to(dtype) / 8
+        grad = grad.contiguous(memory_format=memory_format)
+        dx, *expected = layer.reference_backward(grad, ones, statistics, masks, 0.37)
+        source, given = placed(grad, shift)
+        target, actual = placed(torch.zeros_like(grad), shift)
+        before = source.clone()
+        *grads, _ = layer.emulated_backward(emulated, given, actual, ones, statistics, masks, 0.37)
+        assert_equal_numbers(actual, dx)
+        if layer.weight is not None:
+            assert_equal_numbers(grads[0], expected[0])
+            assert_equal_numbers(grads[1], expected[1])
+        assert_guards(target, shift, x.numel())
+        assert torch.equal(as_bits(source), as_bits(before))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_sums_are_within_their_bound(emulated, dtype, memory_format):
+    """And cover every element once, whatever the plane: many and few rows, one and several chunks a plane."""
+    for shape in ((2, 3, 95, 97), (3, 72, 9, 31), (1, 5, 1, 1), (300, 2, 3, 2), (2, 260, 3, 3)):
+        for shift in (0, 1):
+            n = math.prod(shape)
+            grad = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+            grad = (grad * 100).to(dtype).view(shape).contiguous(memory_format=memory_format)
+            ones = reference.pack(awkward(n, torch.float32, seed=3))
+            parts = Layer(shape[1]).emulated_sums(emulated, placed(grad, shift)[1], ones)
+            a = reference.unpack(ones, n).as_strided(grad.size(), grad.stride())
+            bound = 0 if dtype == torch.float64 else 64 * 2**-24
+            for value, where in enumerate((~a, a)):
+                exact = torch.where(where, grad.double(), 0).sum((0, 2, 3))
+                magnitude = torch.where(where, grad.double().abs(), 0).sum((0, 2, 3))
+                error = (parts[:, value].sum(0) - exact).abs()
+                assert (error <= (bound + n * 2**-53) * magnitude).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_input_gradient_of_any_gradient(emulated, dtype, memory_format):
+    """NaN, infinities and denormal numbers, given the coefficients; behind a closed ReLU they are not looked at."""
+    shape = (3, 20, 7, 9)
+    x = awkward(math.prod(shape), dtype).view(shape).contiguous(memory_format=memory_format)
+    grad = (
+        awkward(math.prod(shape), dtype, seed=2).view(shape).contiguous(memory_format=memory_format)
+    )
+    for kind in ("random", "bits", "none"):
+        masks = mask_of(kind, x.numel())
+        layer = Layer(20)
+        _, ones, _, statistics, _ = layer.reference_forward(x, masks, 0.37, False)
+        dx = torch.zeros_like(grad)
+        *_, coefficients = layer.emulated_backward(
+            emulated, grad, dx, ones, statistics, masks, 0.37
+        )
+        a = reference.unpack(ones, x.numel()).as_strided(x.size(), x.stride())
+        scale0, scale1, shift0, shift1 = coefficients[:, :, None, None]
+        assert (scale0 == 0).any() and (scale1 == 0).any()
+        scale, shift = torch.where(a, scale1, scale0), torch.where(a, shift1, shift0)
+        product = torch.where(scale != 0, scale * grad.to(scale.dtype), 0)
+        mask = reference._mask(x, *masks, 0.37)
+        expected = (product + shift).to(dtype)
+        expected = (
+            expected if mask is None else torch.where(mask, expected, torch.zeros((), dtype=dtype))
+        )
+        assert_equal_numbers(dx, expected)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_a_map_without_elements(emulated, memory_format):
+    for shape in ((0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4)):
+        x = torch.empty(shape).contiguous(memory_format=memory_format)
+        layer = Layer(3) if shape[1] else Layer(1)
+        if shape[1] == 0:
+            layer.weight, layer.bias = torch.empty(0), torch.empty(0)
+            layer.running_mean, layer.running_var = torch.empty(0), torch.empty(0)
+        _, _, statistics, running = layer.emulated_forward(emulated, x, x, (None, None), 0.0, True)
+        assert statistics.shape == (2, shape[1]) and statistics[0].isnan().all()
+        for now, then in zip(running, layer.running, strict=True):
+            assert torch.equal(now, then)
+        grad_weight, grad_bias, _ = layer.emulated_backward(
+            emulated, x, x, bits_for(0), statistics, (None, None), 0.0
+        )
+        assert (grad_bias == 0).all() and grad_weight.shape == (shape[1],)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", ((2, 24, 31, 33), (3, 100, 5, 7)), ids=str)
+def test_the_grid_changes_no_bit_of_batch_norm(emulated, memory_format, shape):
+    x = torch.randn(shape).contiguous(memory_format=memory_format).half()
+    grad = torch.randn(shape).contiguous(memory_format=memory_format).half()
+    layer, masks, seen = Layer(shape[1]), (STATE, None), []
+    try:
+        for multiprocessors, blocks in ((1, 1), (3, 2), (1000, 8)):
+            emulated.set_device(multiprocessors, blocks)
+            y, dx = torch.zeros_like(x), torch.zeros_like(x)
+            ones, _, statistics, running = layer.emulated_forward(emulated, x, y, masks, 0.5, False)
+            grads = layer.emulated_backward(emulated, grad, dx, ones, statistics, masks, 0.5)
+            seen.append([y, dx, statistics, *running, *grads])
+    finally:
+        emulated.set_device(2, 1)
+    for other in seen[1:]:
+        for a, b in zip(seen[0], other, strict=True):
+            assert torch.equal(as_bits(a), as_bits(b))
+
+
+def test_channel_of_an_element(emulated):
+    """Division by multiplication, where it is hardest: around multiples, up to 2^63."""
+    random = Random(1)
+    divisors = [1, 2, 3, 5, 7, 49, 64, 12_544, 2**31 - 1, 2**31, 2**32 + 1, 2**62, 2**62 + 1]
+    divisors += [random.randrange(1, 2 ** random.randrange(1, 63)) for _ in range(300)]
+    for divisor in divisors:
+        for _ in range(30):
+            multiple = random.randrange(0, 2 ** random.randrange(1, 64)) // divisor * divisor
+            for x in (multiple - 1, multiple, multiple + 1, 2**63 - 1):
+                if 0 <= x < 2**63:
+                    assert emulated.divided(x, divisor) == x // divisor

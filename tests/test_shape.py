@@ -52,10 +52,8 @@ def test_equals_reference_bit_for_bit(dtype, kind, binarize, inplace, gradient):
         assert_same_bits(actual_x.grad, expected_x.grad)
 
 
-@pytest.mark.parametrize("simd", (True, False))
 @pytest.mark.parametrize("count", (1, 2, 3))
-def test_thread_count_and_simd_change_nothing(kernels, threads, simd, count):
-    kernels.allow_simd(simd)
+def test_thread_count_and_simd_change_nothing(simd, threads, count):
     threads(count)
     for dtype in DTYPES:
         x = awkward(200_003, dtype)

@@ -1,8 +1,9 @@
 // The CPU kernels as torch ops.
 #include "glue.h"
 
+#include "batch_norm.h"
 #include "kernels.h"
-#include "ops.h"
+#include "registration.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -23,6 +24,7 @@ void over_ranges(int64_t n, const F& f) {
 struct Backend {
   static constexpr const char* kKey = "CPU";
   const Kernels& k = kernels();
+  const BatchNormKernels& b = batch_norm_kernels();
 
   explicit Backend(const Tensor&) {}
 
@@ -46,8 +48,8 @@ struct Backend {
   }
 
   void shape(const ShapeArguments& call) const {
-    const Shape shape{call.dtype, call.x, call.y, call.within_one, call.n, call.mask.read(), call.binarize};
-    over_ranges(call.n, [&](Range range) { k.shape(shape, range); });
+    const Mask mask = call.mask.read();
+    over_ranges(call.n, [&](Range range) { k.shape(call, mask, range); });
   }
 
   void pack(Dtype dtype, const void* x, uint8_t* bits, int64_t n) const {
@@ -62,10 +64,72 @@ struct Backend {
   void unpack(const uint8_t* bits, uint8_t* out, int64_t n) const {
     over_ranges(n, [&](Range range) { k.unpack(bits, out, n, range); });
   }
+
+  // ---- BatchNorm ----
+
+  void ones(const OnesArguments& call) const {
+    const Mask mask = call.mask.read();
+    over_ranges(call.n, [&](Range range) { k.ones(call, mask, range); });
+  }
+
+  void count(const uint8_t* ones, int64_t n, const Channels& channels, int64_t* counts) const {
+    constexpr int64_t kGroup = 32;  // of channels, never cut
+    torch::stable::parallel_for(0, (channels.count + kGroup - 1) / kGroup, 1, [&](int64_t first, int64_t last) {
+      b.count(ones, n, channels, counts, {kGroup * first, std::min(kGroup * last, channels.count)});
+    });
+  }
+
+  void normalize(const BatchNorm& norm, Dtype dtype, const int64_t* counts, int64_t n, const Channels& channels,
+                 double* statistics, void* table) const {
+    const int64_t elements = n / channels.count;
+    with_float(dtype, [&](auto number) {
+      using Number = decltype(number);
+      for (int64_t c = 0; c < channels.count; ++c)
+        normalize_channel<Number>(norm, norm.batch_statistics ? counts[c] : 0, elements, c, channels.count, statistics,
+                                  static_cast<typename Number::Bits*>(table));
+    });
+  }
+
+  void look_up(const LookUpArguments& call) const {
+    over_ranges(call.n, [&](Range range) { b.look_up(call, range); });
+  }
+
+  static int64_t partials(int64_t n, const Channels& channels) { return sum_partials(n, channels); }
+
+  void sums(Dtype dtype, const void* grad, const uint8_t* ones, int64_t n, const Channels& channels, double* partials) const {
+    const Sums call{dtype, grad, ones, n, channels, partials};
+    torch::stable::parallel_for(0, sum_units(n, channels), 1, [&](int64_t first, int64_t last) { b.sums(call, {first, last}); });
+  }
+
+  void differentiate(const BatchNorm& norm, Dtype dtype, const double* statistics, const double* partials, int64_t parts,
+                     int64_t n, const Channels& channels, void* grad_weight, void* grad_bias, void* coefficients) const {
+    const int64_t count = channels.count;
+    with_float(dtype, [&](auto number) {
+      using Number = decltype(number);
+      auto* to = static_cast<typename Value<Number>::Accumulator*>(coefficients);
+      for (int64_t c = 0; c < count; ++c) {
+        double sum[2] = {0, 0}, weight = 0, bias = 0;
+        for (int64_t part = 0; part < parts; ++part)
+          for (int a = 0; a < 2; ++a) sum[a] += partials[(2 * part + a) * count + c];
+        const auto result = differentiate_channel<Number>(norm, statistics, sum, n / count, c, count, &weight, &bias);
+        if (grad_weight) store_number(norm.parameter_dtype, grad_weight, c, weight);
+        if (grad_bias) store_number(norm.parameter_dtype, grad_bias, c, bias);
+        for (int a = 0; a < 2; ++a) {
+          to[a * count + c] = result.scale[a];
+          to[(2 + a) * count + c] = result.shift[a];
+        }
+      }
+    });
+  }
+
+  void grad_input(const GradInputArguments& call) const {
+    const Mask mask = call.mask.read();
+    over_ranges(call.n, [&](Range range) { b.grad_input(call, mask, range); });
+  }
 };
 
 }  // namespace
 
-void register_ops() { Ops<Backend>::register_all(); }
+void register_ops() { register_backend<Backend>(); }
 
 }  // namespace fastshape::cpu

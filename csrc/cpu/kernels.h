@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
+#include "fastshape/arguments.h"
 #include "fastshape/dispatch.h"
 #include "fastshape/mask.h"
 
@@ -16,31 +18,25 @@ struct Range {
   int64_t first, last;
 };
 
-struct Shape {
-  Dtype dtype;  // not kByte
-  const void* x;
-  void* y;              // may be x
-  uint8_t* within_one;  // null, or receives the bits of M * 1[abs(x) <= 1]
-  int64_t n;
-  Mask mask;
-  bool binarize;
-};
-
 struct Kernels {
   const char* simd;
-  void (*shape)(const Shape&, Range);                                                  // y = B(x) * M or x * M
+  void (*shape)(const ShapeArguments&, const Mask&, Range);                            // y = B(x) * M or x * M
+  void (*ones)(const OnesArguments&, const Mask&, Range);                              // bits of B(x) * M
   void (*pack)(Dtype, const void* x, uint8_t* bits, int64_t n, Range);                 // bits of x > 0
   void (*pack_random)(const Mask&, uint8_t* bits, int64_t n, Range);                   // bits of a random mask
   void (*unpack)(const uint8_t* bits, uint8_t* out, int64_t n, Range);                 // 0 or 1, a byte each
 };
 
 const Kernels& plain_kernels();
-const Kernels* avx2_kernels();  // null where the processor, or the compiler, has no AVX2
+// Null where the processor, or the compiler, has not these instructions.
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
 
-// The kernels in use: the best this processor has, asked once.
+// The kernels in use: the best this processor has.
 const Kernels& kernels();
 
-// For tests, which hold every path to the same answer. Returns the path now in use.
-const char* allow_simd(bool allowed);
+// For tests, which hold every path to the same answer: nothing above `simd` ("plain", "avx2", "avx512") from now on. Returns
+// the path now in use, null for an unknown name.
+const char* limit_simd(const std::string& simd);
 
 }  // namespace fastshape::cpu

@@ -10,16 +10,16 @@ int64_t elements_in_byte(int64_t n, int64_t byte) {
 }
 
 template <class Number, bool kBinarize, bool kWithinOne, MaskSource kSource>
-void shape_bytes(const Shape& call, Range range) {
+void shape_bytes(const ShapeArguments& call, const Mask& mask, Range range) {
   using Bits = typename Number::Bits;
   const Bits* x = static_cast<const Bits*>(call.x);
   Bits* y = static_cast<Bits*>(call.y);
   for (int64_t byte = range.first; byte < range.last; ++byte) {
-    const uint8_t mask = mask_byte<kSource>(call.mask, byte);
+    const uint8_t keeps = mask_byte<kSource>(mask, byte);
     const int64_t count = elements_in_byte(call.n, byte);
     uint32_t within_one = 0;
     for (int64_t k = 0; k < count; ++k) {
-      const bool keep = (mask >> k) & 1;
+      const bool keep = (keeps >> k) & 1;
       const Bits value = x[8 * byte + k];
       if (kWithinOne) within_one |= static_cast<uint32_t>(keep && is_within_one<Number>(value)) << k;
       y[8 * byte + k] = shape_element<Number, kBinarize>(value, keep);
@@ -28,9 +28,32 @@ void shape_bytes(const Shape& call, Range range) {
   }
 }
 
-void shape(const Shape& call, Range range) {
-  with_shape(call, [&](auto number, auto binarize, auto within_one, auto source) {
-    shape_bytes<decltype(number), binarize.value, within_one.value, source.value>(call, range);
+void shape(const ShapeArguments& call, const Mask& mask, Range range) {
+  with_shape(call, mask, [&](auto number, auto binarize, auto within_one, auto source) {
+    shape_bytes<decltype(number), binarize.value, within_one.value, source.value>(call, mask, range);
+  });
+}
+
+template <class Number, bool kWithinOne, MaskSource kSource>
+void ones_bytes(const OnesArguments& call, const Mask& mask, Range range) {
+  const auto* x = static_cast<const typename Number::Bits*>(call.x);
+  for (int64_t byte = range.first; byte < range.last; ++byte) {
+    const uint32_t keep = mask_byte<kSource>(mask, byte);
+    const int64_t count = elements_in_byte(call.n, byte);
+    uint32_t ones = 0, within_one = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const auto value = x[8 * byte + k];
+      ones |= static_cast<uint32_t>(is_positive<Number>(value)) << k;
+      if (kWithinOne) within_one |= static_cast<uint32_t>(is_within_one<Number>(value)) << k;
+    }
+    call.ones[byte] = static_cast<uint8_t>(ones & keep);
+    if (kWithinOne) call.within_one[byte] = static_cast<uint8_t>(within_one & keep);
+  }
+}
+
+void ones(const OnesArguments& call, const Mask& mask, Range range) {
+  with_ones(call, mask, [&](auto number, auto within_one, auto source) {
+    ones_bytes<decltype(number), within_one.value, source.value>(call, mask, range);
   });
 }
 
@@ -64,7 +87,7 @@ void unpack(const uint8_t* bits, uint8_t* out, int64_t n, Range range) {
 }  // namespace
 
 const Kernels& plain_kernels() {
-  static const Kernels kernels = {"plain", shape, pack, pack_random, unpack};
+  static const Kernels kernels = {"plain", shape, ones, pack, pack_random, unpack};
   return kernels;
 }
 

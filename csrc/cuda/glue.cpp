@@ -5,8 +5,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "batch_norm.cuh"
 #include "kernels.cuh"
-#include "ops.h"
+#include "registration.h"
 
 namespace fastshape::cuda {
 namespace {
@@ -36,10 +37,30 @@ struct Backend {
     check(cuda::pack_random(mask, bits, n, stream));
   }
   void unpack(const uint8_t* bits, uint8_t* out, int64_t n) const { check(cuda::unpack(bits, out, n, stream)); }
+
+  void ones(const OnesArguments& call) const { check(cuda::ones(call, stream)); }
+  void count(const uint8_t* ones, int64_t n, Channels channels, int64_t* counts) const {
+    check(cuda::count(ones, n, channels, counts, stream));
+  }
+  void normalize(const BatchNorm& norm, Dtype dtype, const int64_t* counts, int64_t n, Channels channels,
+                 double* statistics, void* table) const {
+    check(cuda::normalize(norm, dtype, counts, n, channels, statistics, table, stream));
+  }
+  void look_up(const LookUpArguments& call) const { check(cuda::look_up(call, stream)); }
+  static int64_t partials(int64_t n, Channels channels) { return cuda::partials(n, channels); }
+  void sums(Dtype dtype, const void* grad, const uint8_t* ones, int64_t n, Channels channels, double* sums) const {
+    check(cuda::sums(dtype, grad, ones, n, channels, sums, stream));
+  }
+  void differentiate(const BatchNorm& norm, Dtype dtype, const double* statistics, const double* sums, int64_t partials,
+                     int64_t n, Channels channels, void* grad_weight, void* grad_bias, void* coefficients) const {
+    check(cuda::differentiate(norm, dtype, statistics, sums, partials, n, channels, grad_weight, grad_bias, coefficients,
+                              stream));
+  }
+  void grad_input(const GradInputArguments& call) const { check(cuda::grad_input(call, stream)); }
 };
 
 }  // namespace
 
-void register_ops() { Ops<Backend>::register_all(); }
+void register_ops() { register_backend<Backend>(); }
 
 }  // namespace fastshape::cuda

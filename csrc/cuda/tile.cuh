@@ -61,15 +61,17 @@ struct Tile {
   static __device__ unsigned owned_byte(unsigned lane) { return lane % kAccesses * (kLanes / kAccesses) + lane / kAccesses; }
 
   // Turns the byte a lane owns into the bits of the elements it meets (bit a * kWidth + k: element k of access a), and
-  // back: a transposition of kAccesses x kAccesses cells of kWidth bits. All lanes of the warp must come.
+  // back: a transposition of kAccesses x kAccesses cells of kWidth bits. The same of a second byte, in bits 8 to 15. All
+  // lanes of the warp must come.
   static __device__ uint32_t exchange(uint32_t bits, unsigned lane) {
     if (kAccesses == 1) return bits;
+    constexpr uint32_t kCells = ((1u << kWidth) - 1u) * 0x0101u;
     const unsigned cell = lane % kAccesses * kWidth;
     uint32_t exchanged = 0;
 #pragma unroll
     for (int a = 0; a < kAccesses; ++a) {
       const uint32_t other = __shfl_sync(kAllLanes, bits, a, kAccesses);
-      exchanged |= (other >> cell & ((1u << kWidth) - 1u)) << (a * kWidth);
+      exchanged |= (other >> cell & kCells) << (a * kWidth);
     }
     return exchanged;
   }

@@ -17,6 +17,12 @@ def _shape_clipped_(x, rng_state, bits, p_zero, binarize):
     return within_one
 
 
+def _shaped_batch_norm_(x, *arguments):
+    y, *saved = reference.shaped_batch_norm(x, *arguments)
+    x.copy_(y)
+    return tuple(saved)
+
+
 _IMPLEMENTATIONS = {
     "shape": reference.shape,
     "shape_": _shape_,
@@ -25,6 +31,9 @@ _IMPLEMENTATIONS = {
     "pack": reference.pack,
     "pack_random": reference.pack_random,
     "unpack": reference.unpack,
+    "shaped_batch_norm": reference.shaped_batch_norm,
+    "shaped_batch_norm_": _shaped_batch_norm_,
+    "shaped_batch_norm_backward": reference.shaped_batch_norm_backward,
 }
 
 

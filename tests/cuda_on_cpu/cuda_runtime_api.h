@@ -1,10 +1,13 @@
-// Enough of CUDA for a C++ compiler to run csrc/cuda/kernels.cu: one warp at a time, a thread a lane.
+// Enough of CUDA for a C++ compiler to run csrc/cuda/*.cu: one warp at a time, its lanes in turn.
 #pragma once
 
-#include <barrier>
+#include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
+#include <utility>
 
 #define __device__
 #define __global__
@@ -18,20 +21,41 @@ constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaDevAttrMultiProces
 struct Index {
   unsigned x;
 };
-inline thread_local Index threadIdx, blockIdx, gridDim;
+inline Index threadIdx, blockIdx, gridDim;
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+using std::max, std::min;
 
 namespace emulation {
 
 inline int multiprocessors = 2, blocks_per_multiprocessor = 1;
 inline unsigned last_grid = 0;
-inline std::barrier<>* warp = nullptr;
-inline uint32_t exchanged[32];
+inline bool failed = false;  // a GPU would have stopped, or waited for ever
 
 void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
 
+// Returns when all lanes have come here.
+void meet();
+
+// Two sets of places: a lane may be at its next exchange before others have read what it gave in this one.
+inline uint64_t given[2][32];
+inline unsigned exchanges[32];
+
+template <class T>
+T from_lane(T value, unsigned other) {
+  const unsigned lane = threadIdx.x % 32, set = exchanges[lane]++ % 2;
+  memcpy(given[set] + lane, &value, sizeof value);
+  meet();
+  memcpy(&value, given[set] + other, sizeof value);
+  return value;
+}
+
 }  // namespace emulation
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return std::exchange(emulation::failed, false) ? cudaErrorInvalidValue : cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -45,12 +69,30 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* value, Kernel, in
   *value = emulation::blocks_per_multiprocessor;
   return cudaSuccess;
 }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
 
-inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane, int width) {
-  const unsigned self = threadIdx.x % 32;
-  emulation::exchanged[self] = value;
-  emulation::warp->arrive_and_wait();
-  const uint32_t other = emulation::exchanged[self / width * width + lane % width];
-  emulation::warp->arrive_and_wait();
-  return other;
+template <class T>
+T __shfl_sync(unsigned, T value, int lane, int width) {
+  return emulation::from_lane(value, threadIdx.x % 32 / width * width + lane % width);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulation::from_lane(value, threadIdx.x % 32 ^ mask);
+}
+inline void __syncwarp() { emulation::meet(); }
+
+template <class T>
+T __ldg(const T* from) {
+  T value;
+  memcpy(&value, from, sizeof value);
+  emulation::failed |= reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0;
+  return value;
+}
+inline int __popc(uint32_t bits) { return std::popcount(bits); }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return static_cast<unsigned __int128>(a) * b >> 64; }
+inline void atomicAdd(unsigned long long* sum, unsigned long long value) {
+  __atomic_fetch_add(sum, value, __ATOMIC_RELAXED);
 }

@@ -22,6 +22,8 @@ inline uint32_t drop_threshold(double p_zero) {
   return static_cast<uint32_t>(std::nearbyint(p_zero * 65536.0));
 }
 
+constexpr uint32_t kTopOfHalves = 0x80008000u;
+
 enum class MaskSource { kNone, kRandom, kBits };
 
 // Where M comes from. kNone: all ones. kRandom: (seed, offset, threshold), the threshold not 0. kBits: packed bits.
@@ -57,15 +59,26 @@ struct MaskRequest {
   }
 };
 
-// Eight decisions from one Philox call: one byte of a random mask. `byte_index` is i / 8; the sum wraps at 2^64.
+// The highest bits of the two halves of four words, gathered to a byte: that of half i to bit i, low halves first.
+FASTSHAPE_FUNCTION uint32_t gather_halves(const uint32_t (&word)[4]) {
+  uint32_t found = 0;
+  for (int k = 0; k < 4; ++k) found |= (word[k] & kTopOfHalves) >> (15 - 2 * k);
+  return (found | found >> 15) & 0xFFu;
+}
+
+// Eight decisions from one Philox call: one byte of a random mask. `byte_index` is i / 8; the sum wraps at 2^64. Both
+// halves of a word are compared at once: where their highest bits differ from the threshold's, by these, else by the
+// difference of the rest, which leaves the highest bit set where it is not negative.
 FASTSHAPE_FUNCTION uint8_t random_byte(const Mask& mask, int64_t byte_index) {
+  if (mask.threshold > 0xFFFFu) return 0;
   const PhiloxWords draw = philox(mask.seed, mask.offset + static_cast<uint64_t>(byte_index));
-  uint32_t byte = 0;
-  for (int k = 0; k < 8; ++k) {
-    const uint32_t half = (draw.word[k / 2] >> (16 * (k % 2))) & 0xFFFFu;
-    byte |= static_cast<uint32_t>(half >= mask.threshold) << k;
+  const uint32_t threshold = mask.threshold * 0x00010001u, below = ~threshold;
+  uint32_t kept[4];
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t word = draw.word[k], difference = (word | kTopOfHalves) - (threshold & ~kTopOfHalves);
+    kept[k] = (word & below) | (difference & (word | below));
   }
-  return static_cast<uint8_t>(byte);
+  return static_cast<uint8_t>(gather_halves(kept));
 }
 
 template <MaskSource kSource>

@@ -17,14 +17,26 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
+FASTSHAPE_FUNCTION uint64_t wide_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  // nvcc makes a product of 64-bit numbers of the other form, and adds the zeros in their upper halves: a third more
+  // instructions in all of Philox.
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 // The four words of counter (offset low, offset high, 0, 0) under the key (seed low, seed high).
 FASTSHAPE_FUNCTION PhiloxWords philox(uint64_t seed, uint64_t offset) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   uint32_t c0 = static_cast<uint32_t>(offset), c1 = static_cast<uint32_t>(offset >> 32);
   uint32_t c2 = 0, c3 = 0;
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c0;
-    const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier1) * c2;
+    const uint64_t product0 = wide_product(kPhiloxMultiplier0, c0);
+    const uint64_t product1 = wide_product(kPhiloxMultiplier1, c2);
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
     c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
     c1 = static_cast<uint32_t>(product1);
