@@ -3,6 +3,7 @@
 from . import _ops, reference  # noqa: F401  (defines the ops)
 from .attach import Attachment, attach, attachments
 from .backends import backend_info, choose
+from .batch_norm import ShapedBatchNorm2d
 from .bitmask import BitMask
 from .functional import shape
 from .modules import ActivationShaping
@@ -15,6 +16,7 @@ __all__ = [
     "ActivationShaping",
     "Attachment",
     "BitMask",
+    "ShapedBatchNorm2d",
     "attach",
     "attachments",
     "backend_info",

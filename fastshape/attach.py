@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import inspect
-import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from .bitmask import BitMask
+from .chains import (
+    CONSTANTS,
+    Chain,
+    FusedBatchNorm2d,
+    Fusion,
+    Owner,
+    find_chains,
+    output_is_free,
+    trace,
+)
 from .functional import GRADIENTS, shape
 from .modules import AT_EVAL
 from .rng import checked_p_zero, rng_state
@@ -20,53 +28,28 @@ from .sites import choose_layers
 
 MODES = ("random", "target", "binarize", "product")
 RECORD_MODES = ("eval", "train")
-METHODS = ("hooks",)
+METHODS = ("hooks", "replace")
 
 
 class _Stop(BaseException):
     """Ends a recording pass once nothing is left to record. Not an Exception: a model may catch those."""
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, leaves: set[str]):
-        super().__init__()
-        self.leaves = leaves
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return name in self.leaves or super().is_leaf_module(module, name)
-
-
 def _count_calls(model: nn.Module, names: Sequence[str], inputs: tuple, kwargs: dict) -> int | None:
     """How often one forward on such inputs calls the modules `names`; None where it cannot be traced."""
     try:
-        # What the caller leaves out is its default, not an unknown: code may ask whether it is None.
-        signature = inspect.signature(model.forward)
-        given = signature.bind(*inputs, **kwargs).arguments
-        left_out = {
-            name: parameter.default
-            for name, parameter in signature.parameters.items()
-            if name not in given and parameter.default is not inspect.Parameter.empty
-        }
-        # Tracing runs the model's own code on proxies. A twin that shares its tensors takes what that code keeps,
-        # and has no hooks to meet them.
-        twin = copy.deepcopy(
-            model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
-        )
-        for module in twin.modules():
-            module._forward_pre_hooks.clear()
-            module._forward_hooks.clear()
-        graph = _Tracer(set(names)).trace(twin, concrete_args=left_out)
-    except Exception:  # whatever that code may raise
+        return len(trace(model, names, inputs, kwargs).calls(*names)) or None
+    except Exception:  # whatever the model's code may raise
         return None
-    return sum(n.op == "call_module" and n.target in names for n in graph.nodes) or None
 
 
 class _Site:
     """The forward hook of one chosen module."""
 
-    def __init__(self, attachment: Attachment, name: str):
+    def __init__(self, attachment: Attachment, name: str, fusion: Fusion | None):
         self.attachment = attachment
         self.name = name
+        self.fusion = fusion  # the chain that the module begins, if any
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if not isinstance(output, Tensor):
@@ -77,12 +60,12 @@ class _Site:
         if self.attachment._recording:
             self.attachment._record_output(self.name, output)
             return None
-        return self.attachment._shape_output(self.name, output)
+        return self.attachment._shape_output(self.name, output, module, self.fusion)
 
 
 @functools.cache
 def _keep_out_of_graphs() -> None:
-    """Have torch.compile leave the hooks to Python.
+    """Have torch.compile leave the hooks, and what they hand to a BatchNorm, to Python.
 
     Their counters change at every call, so a graph that captured them would be compiled anew each time. Done once, and
     not where the class is defined: it imports the compiler, which takes seconds.
@@ -92,6 +75,7 @@ def _keep_out_of_graphs() -> None:
     before is thrown away for the same reason.
     """
     _Site.__call__ = torch.compiler.disable(_Site.__call__)
+    FusedBatchNorm2d.forward = torch.compiler.disable(FusedBatchNorm2d.forward)
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch._dynamo.reset()
 
@@ -102,6 +86,8 @@ class Attachment:
     Attributes:
         names: names of the shaped modules.
         fired: how often shaping was applied, by name.
+        method_of: ``"replace"`` or ``"hooks"``, by name: what was asked for, or what there can be instead.
+        reasons: why there can be hooks alone where replacement was asked for, by name.
     """
 
     def __init__(
@@ -115,6 +101,8 @@ class Attachment:
         gradient: str,
         at_eval: str,
         record_mode: str,
+        chains: dict[str, Chain],
+        reasons: dict[str, str],
     ):
         self.model = model
         self.names = names
@@ -125,6 +113,8 @@ class Attachment:
         self.at_eval = at_eval
         self.record_mode = record_mode
         self.fired = dict.fromkeys(names, 0)
+        self.method_of = {name: "replace" if name in chains else "hooks" for name in names}
+        self.reasons = reasons
         self._recording = False
         self._recorded: dict[str, list[BitMask | Tensor]] = {}
         # Calls of the chosen modules in one forward, by how the model is called; None: not known yet.
@@ -135,8 +125,25 @@ class Attachment:
         _keep_out_of_graphs()
         modules = dict(model.named_modules())
         self._handles = [model.register_forward_pre_hook(self._begin)]
+        self._fusions = {
+            name: Fusion(name, modules[name], modules[chain.bn], modules.get(chain.relu))
+            for name, chain in chains.items()
+        }
         for name in names:
-            self._handles.append(modules[name].register_forward_hook(_Site(self, name)))
+            site = _Site(self, name, self._fusions.get(name))
+            self._handles.append(modules[name].register_forward_hook(site))
+        for owner in dict.fromkeys(chain.owner for chain in chains.values()):
+            module = modules[owner]
+            calls = Owner(
+                module,
+                [self._fusions[n] for n in names if n in chains and chains[n].owner == owner],
+            )
+            self._handles += [
+                module.register_forward_pre_hook(calls.begin, with_kwargs=True),
+                module.register_forward_hook(calls.end, always_call=True),
+            ]
+        for fusion in self._fusions.values():
+            fusion.start(gradient)
 
     # ---- what a user calls ----
 
@@ -159,7 +166,8 @@ class Attachment:
         if not self._handles:
             raise RuntimeError("this attachment was removed from its model")
         with self._record_flags():
-            way = (len(inputs), *sorted(kwargs), self.model.training)
+            known = [t if isinstance(t, CONSTANTS) else ... for t in (*inputs, *kwargs.values())]
+            way = (self.model.training, len(inputs), *kwargs, *known)
             if way not in self._calls_per_pass:
                 self._calls_per_pass[way] = _count_calls(self.model, self.names, inputs, kwargs)
             self._stop_after = self._calls_per_pass[way]
@@ -176,6 +184,8 @@ class Attachment:
                 raise
             finally:
                 self._recording = False
+                for fusion in self._fusions.values():  # a pass that was stopped ends no owner
+                    fusion.owner_runs = False
         missing = [name for name in self.names if not self._recorded[name]]
         if missing:
             self._recorded = {}
@@ -192,10 +202,12 @@ class Attachment:
         return {name: _density(*last) for name, last in self._last_mask.items()}
 
     def remove(self) -> None:
-        """Take every hook off the model, which is then as it was. More than once does no harm."""
+        """Take everything off the model, which is then as it was. More than once does no harm."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for fusion in self._fusions.values():
+            fusion.stop()
+        self._handles, self._fusions = [], {}
         self._recorded = {}
 
     def __enter__(self) -> Attachment:
@@ -233,30 +245,41 @@ class Attachment:
         if sum(map(len, self._recorded.values())) == self._stop_after:
             raise _Stop
 
-    def _shape_output(self, name: str, x: Tensor) -> Tensor | None:
+    def _shape_output(
+        self, name: str, x: Tensor, module: nn.Module, fusion: Fusion | None
+    ) -> Tensor | None:
         if not self.model.training and self.at_eval == "off":
             return None
         call = self._calls[name]
         self._calls[name] += 1
+        p_zero = mask = state = None
+        binarize = self.binarize
         if self.mode == "binarize" or not (self.model.training or self.at_eval == "on"):
             self._last_mask[name] = (None,)
-            y = shape(x, gradient=self.gradient)
+            binarize = True
         elif self.mode == "random":
             state = rng_state(device=x.device)
             p_zero = self.p_zero[name]
             self._last_mask[name] = (state, x.shape, p_zero)
-            y = shape(
-                x, p_zero=p_zero, rng_state=state, binarize=self.binarize, gradient=self.gradient
-            )
         else:
-            recorded = self._recorded_for(name, call, x)
-            self._last_mask[name] = (recorded,)
-            if self.mode == "target":
-                y = shape(x, mask=recorded, binarize=self.binarize, gradient=self.gradient)
-            else:
-                y = (x.detach() if self.gradient == "zero" else x) * recorded
+            mask = self._recorded_for(name, call, x)
+            self._last_mask[name] = (mask,)
         self.fired[name] += 1
-        return y
+        if isinstance(mask, Tensor):  # the raw product
+            return (x.detach() if self.gradient == "zero" else x) * mask
+        inplace = output_is_free(module, x)
+        if fusion is not None and fusion.takes_over():
+            fusion.defer(x, p_zero or 0.0, mask, state, inplace)
+            return None
+        return shape(
+            x,
+            p_zero=p_zero,
+            mask=mask,
+            rng_state=state,
+            binarize=binarize,
+            gradient=self.gradient,
+            inplace=inplace,
+        )
 
     def _recorded_for(self, name: str, call: int, x: Tensor) -> BitMask | Tensor:
         maps = self._recorded.get(name)
@@ -328,7 +351,14 @@ def attach(
         at_eval: what happens while ``model.training`` is False: ``"off"``: nothing is shaped.
             ``"binarize"``: binarized, no mask. ``"on"``: shaped as in training.
         record_mode: how `Attachment.record` runs the model: ``"eval"`` or ``"train"``.
-        method: ``"hooks"``.
+        method: ``"hooks"``: the output of each chosen module is shaped in a hook. ``"replace"``: where that is a
+            convolution whose output goes to one `nn.BatchNorm2d` and nowhere else, shaping, BatchNorm and a ReLU
+            that alone takes its output run as one op, `ShapedBatchNorm2d`, in the place of that BatchNorm. Numbers,
+            masks and what is recorded are the same, but for the rounding that `ShapedBatchNorm2d` speaks of. The chains are
+            found by torch.fx in the code of the modules around them; where it cannot tell, where a chain is not one and
+            without `binarize`, hooks serve instead: a warning says so, and `Attachment.method_of` and
+            `Attachment.reasons`. A module called in another way than with its required arguments, or only in
+            part, is served by hooks too while it is called so.
 
     Returns:
         An `Attachment`.
@@ -360,15 +390,29 @@ def attach(
             "gradient='clipped': mode 'product' allows straight_through (exact) and zero"
         )
     names = choose_layers(model, layers, after=after, every=every)
+    p_zero = _p_zero_by_layer(mode, p_zero, names)
+    chains, reasons = {}, {}
+    if method == "replace":
+        if mode == "product" or not binarize:
+            reasons = dict.fromkeys(names, "the shaped map is not binary")
+        else:
+            chains, reasons = find_chains(
+                model, names, (True,) if at_eval == "off" else (True, False)
+            )
+    if reasons:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        warnings.warn(f"method='replace': hooks serve {why}", stacklevel=2)
     return Attachment(
         model,
         names,
         mode=mode,
-        p_zero=_p_zero_by_layer(mode, p_zero, names),
+        p_zero=p_zero,
         binarize=binarize,
         gradient=gradient,
         at_eval=at_eval,
         record_mode=record_mode,
+        chains=chains,
+        reasons=reasons,
     )
 
 

@@ -17,15 +17,37 @@ GRADIENTS = ("straight_through", "clipped", "zero")
 def _masked(x, rng_state, bits, p_zero, memory_format):
     """x * M with a gradient of its own, so that a backward pass can be differentiated again."""
     x = x.contiguous(memory_format=MEMORY_FORMATS[memory_format])
-    return _StraightThrough.apply(x, rng_state, bits, p_zero, False, False, memory_format)
+    return apply(_StraightThrough, x, rng_state, bits, p_zero, False, False, memory_format)
 
 
 class _Unbatched(torch.autograd.Function):
-    """A function of one whole tensor: refuses torch.func.vmap."""
+    """A function of one whole tensor: refuses torch.func.vmap. To be called by `apply` below.
+
+    torch.func needs ``setup_context``, with which autograd binds forward's signature at every call: several times as long as
+    the op takes on a small map. So each function has a twin whose forward sets up its context itself.
+    """
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+
+        def forward(ctx, *inputs):
+            output = cls.forward(*inputs)
+            cls.setup_context(ctx, inputs, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)}
+        cls.twin = type(cls.__name__, (torch.autograd.Function,), methods)
 
     @staticmethod
     def vmap(info, in_dims, *args):
         _ops.refuse_vmap(info, in_dims, *args)
+
+
+def apply(function: type[_Unbatched], *inputs):
+    """``function.apply``, by its twin where torch.func has no part in it."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    return function.twin.apply(*inputs)
 
 
 class _StraightThrough(_Unbatched):
@@ -187,7 +209,7 @@ def shape(
 
     arguments = (dense, rng_state, bits, p_zero or 0.0, binarize, writes_x, memory_format)
     if gradient == "clipped":
-        y, _ = _Clipped.apply(*arguments)
+        y, _ = apply(_Clipped, *arguments)
     else:
-        y = _StraightThrough.apply(*arguments)
+        y = apply(_StraightThrough, *arguments)
     return x.copy_(y) if inplace and not writes_x else y

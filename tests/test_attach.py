@@ -9,6 +9,7 @@ from torch import nn
 
 import fastshape
 from fastshape import attach
+from fastshape.chains import output_is_free
 
 torchvision = pytest.importorskip("torchvision")
 models = torchvision.models
@@ -112,7 +113,7 @@ def test_names_patterns_and_kinds():
         (1, {"mode": "product", "gradient": "clipped"}, ValueError, "mode 'product' allows"),
         (1, {"at_eval": "random"}, ValueError, "at_eval='random': allowed are off, binarize, on"),
         (1, {"record_mode": "test"}, ValueError, "record_mode='test': allowed are eval, train"),
-        (1, {"method": "fx"}, ValueError, "method='fx': allowed are hooks"),
+        (1, {"method": "fx"}, ValueError, "method='fx': allowed are hooks, replace"),
     ),
 )
 def test_bad_arguments_are_named_and_leave_no_hook(layers, options, error, message):
@@ -211,6 +212,145 @@ def test_at_eval(tiny):
     with attach(tiny, 1, p_zero=0.5, at_eval="on") as attachment:
         first = tiny(images)
         assert not torch.equal(first, tiny(images)) and attachment.fired == {"conv1": 2}
+
+
+# ---- in place ----
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """Where the outputs of torch's own convolutions and batch norms were when they came out, in order."""
+    pointers = []
+
+    def watch(module, method):
+        real = getattr(module, method)
+
+        def watched(*args, **kwargs):
+            output = real(*args, **kwargs)
+            pointers.append(output.data_ptr())
+            return output
+
+        monkeypatch.setattr(module, method, watched)
+
+    watch(nn.Conv2d, "_conv_forward")
+    watch(nn.functional, "batch_norm")
+    return pointers
+
+
+class Keeping(nn.Conv2d):
+    """Needs its own output for backward."""
+
+    def forward(self, x):
+        return super().forward(x).exp()
+
+
+class Remembering(nn.Conv2d):
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return self.kept
+
+
+def chain(conv=nn.Conv2d):
+    return nn.Sequential(conv(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+
+
+@pytest.mark.parametrize("gradient", ("straight_through", "clipped", "zero"))
+@pytest.mark.parametrize("binarize", (True, False))
+@pytest.mark.parametrize(("after", "k"), (("conv", 0), ("bn", 1)))
+def test_output_of_conv_and_norm_is_overwritten(given, gradient, binarize, after, k):
+    """Neither needs its output for backward. No fresh map is made, and none is kept beyond bits."""
+    torch.manual_seed(0)
+    model = chain()
+    maps = []
+    model[k + 1].register_forward_pre_hook(lambda m, a: maps.append(a[0].data_ptr()))
+    grads = []
+    for inplace in (True, False):
+        if not inplace:  # another hook may keep the map
+            model[k].register_forward_hook(lambda *a: None)
+        model.zero_grad()
+        with attach(model, 1, after=after, p_zero=0.3, gradient=gradient, binarize=binarize):
+            torch.manual_seed(1)
+            given.clear()
+            y = model(images)
+            assert (maps[-1] == given[k]) == inplace
+            y.square().sum().backward()
+        grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_in_place_allocates_and_saves_no_map(given):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    saved = []
+    with attach(model, 1, p_zero=0.3):
+
+        def pack(t):
+            saved.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(images)
+    maps = [t for t in saved if t.shape == (4, 4, 6, 6)]
+    assert [t.data_ptr() for t in maps] == given[
+        :1
+    ]  # the second convolution's input: the first one's output, shaped
+    assert set(maps[0].unique().tolist()) == {0.0, 1.0}
+    y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "case", ("keeping", "remembering", "another hook", "relu", "global hook", "no batch")
+)
+def test_in_place_only_where_nothing_else_needs_the_map(tiny, case, given):
+    """Here overwriting would break backward, or what somebody else holds."""
+    torch.manual_seed(0)
+    model = chain({"keeping": Keeping, "remembering": Remembering}.get(case, nn.Conv2d))
+    layers, held = "2" if case == "relu" else "0", []
+    x = images
+    if case == "another hook":
+        model[0].register_forward_hook(lambda m, a, out: held.append(out))
+    if case == "relu":
+        model[1].register_forward_hook(lambda m, a, out: None)
+    if case == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda m, a, out: held.append(out) if m is model[0] else None
+        )
+    if case == "no batch":
+        model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), images[0]
+    with attach(model, layers, p_zero=0.3):
+        y = model(x)
+        y.sum().backward()
+    if case == "global hook":
+        handle.remove()
+    if case == "remembering":
+        held.append(model[0].kept)
+    for out in held:
+        assert torch.equal(out, nn.functional.conv2d(x, model[0].weight, model[0].bias))
+    if case in ("remembering", "another hook", "global hook"):
+        assert len(held) == 1
+    assert model[0].weight.grad is not None
+
+
+def test_only_what_the_module_itself_made_is_overwritten():
+    conv = nn.Conv2d(3, 4, 3)
+    z = conv(images)
+    assert output_is_free(conv, z) and output_is_free(conv, z.detach())
+    assert not output_is_free(conv, z.exp()) and not output_is_free(conv, z[:])
+    assert not output_is_free(conv, torch.ones(3, requires_grad=True))
+
+
+def test_without_a_graph_the_map_is_overwritten_too(given):
+    model = chain().eval()
+    for context in (torch.no_grad, torch.inference_mode):
+        with attach(model, 1, after="conv", mode="binarize", at_eval="on"), context():
+            given.clear()
+            seen = []
+            handle = model[1].register_forward_pre_hook(
+                lambda m, a, seen=seen: seen.append(a[0].data_ptr())
+            )
+            model(images)
+            handle.remove()
+            assert seen == given[:1]
 
 
 # ---- recording ----
@@ -478,7 +618,7 @@ class Optional(nn.Module):
 
 def test_what_the_caller_leaves_out_decides_how_far_recording_goes():
     with attach(Optional(), 2, mode="target") as attachment:
-        for inputs, calls in (((targets,), 2), ((targets, images), 1), ((targets,), 2)):
+        for inputs, calls in (((targets,), 2), ((targets, images), 1), ((targets, None), 2)):
             attachment.record(*inputs)
             assert len(attachment._recorded["conv2"]) == calls
             before = attachment.fired["conv2"]

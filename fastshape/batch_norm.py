@@ -1,0 +1,262 @@
+"""Shape + BatchNorm2d + ReLU as one op: a binary map has two values, and so has each channel behind BatchNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from .bitmask import BitMask
+from .functional import GRADIENTS, _checked_mask, _checked_x, _Unbatched, apply
+from .layout import MEMORY_FORMATS, memory_format_name
+from .modules import AT_EVAL
+from .rng import checked_p_zero, checked_rng_state
+from .rng import rng_state as new_rng_state
+
+
+class _ShapedBatchNorm(_Unbatched):
+    """BatchNorm's own gradient, then the straight-through one. Keeps bits and numbers a channel; never x or y."""
+
+    @staticmethod
+    def forward(
+        x, rng_state, bits, p_zero, weight, bias, running_mean, running_var, training, momentum, eps, relu, clipped,
+        inplace, memory_format,
+    ):  # fmt: skip
+        arguments = (
+            x, rng_state, bits, p_zero, weight, bias, running_mean, running_var, training, momentum, eps, relu, clipped,
+        )  # fmt: skip
+        if inplace:
+            return x, *torch.ops.fastshape.shaped_batch_norm_.default(*arguments)
+        return torch.ops.fastshape.shaped_batch_norm.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        (
+            x, rng_state, bits, ctx.p_zero, weight, bias, _, _, ctx.training, _, _, ctx.relu, clipped,
+            inplace, ctx.memory_format,
+        ) = inputs  # fmt: skip
+        _, ones, within_one, statistics = output
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.mark_non_differentiable(ones, within_one, statistics)
+        ctx.set_materialize_grads(False)
+        if clipped:  # these bits hold the mask too
+            rng_state, bits = None, within_one
+        ctx.save_for_backward(ones, statistics, rng_state, bits, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 15
+        ones, statistics, rng_state, bits, weight, bias = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = (ctx.needs_input_grad[i] for i in (0, 4, 5))
+        grad = grad.contiguous(memory_format=MEMORY_FORMATS[ctx.memory_format])
+        dx, dweight, dbias = torch.ops.fastshape.shaped_batch_norm_backward.default(
+            grad, ones, statistics, rng_state, bits, ctx.p_zero, weight, bias, ctx.training, ctx.relu, needs_x
+        )  # fmt: skip
+        return (
+            dx if needs_x else None,
+            *(None,) * 3,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            *(None,) * 9,
+        )
+
+
+class ShapedBatchNorm2d(nn.BatchNorm2d):
+    """Shaping, then BatchNorm2d, then (with `relu`) ReLU, in one op: what `fastshape.shape`, the `nn.BatchNorm2d` that this
+    is and `nn.ReLU` give one after the other, for fewer passes over the map and one bit an element kept for backward.
+
+    A shaped map is binary, ``a = B(x) * M``. With k ones among the m elements of a channel:
+
+        mean = k / m,  var = mean (1 - mean),  y(a) = bias + (a - mean) weight / sqrt(var + eps)
+
+    Exact: k and m, which are integers, so that the result does not depend on the order of summation. Rounded: everything
+    after them, in float64, each operation once; y then to float32 and to x's dtype (float64 stays), and the running
+    statistics to theirs. Backward sums over a channel in float64 and computes dL/dx in float32 (float64 for float64).
+
+    Parameters, running statistics, ``num_batches_tracked`` and state_dict are those of `nn.BatchNorm2d`: checkpoints go both
+    ways. Under DistributedDataParallel the statistics are those of each process, as with `nn.BatchNorm2d`. There is no form
+    that shares them: ``nn.SyncBatchNorm.convert_sync_batchnorm`` takes this for a plain BatchNorm and drops the shaping.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer: as in `nn.BatchNorm2d`.
+        p_zero: probability of a zero in a mask drawn anew at each call, in [0, 1); None draws none.
+        gradient: ``"straight_through"``, ``"clipped"`` or ``"zero"``, as in `fastshape.shape`. Weight and bias get
+            their gradient with each of them.
+        at_eval: what ``module.eval()`` does: ``"off"`` is plain BatchNorm (and ReLU), ``"binarize"`` binarizes without
+            a mask, ``"on"`` shapes as in training.
+        relu: also apply ReLU.
+        inplace: write y into x where that can be. For an x that nothing else needs for its backward, such as
+            the output of a convolution.
+
+    Shape:
+        Input and output: (N, C, H, W); float16, bfloat16, float32 or float64, with parameters of the same dtype or of
+        float32. A contiguous or channels_last input keeps its memory format, any other gives a contiguous output.
+
+    The backward pass cannot be differentiated again.
+
+    Example:
+        >>> block = nn.Sequential(nn.Conv2d(3, 8, 3), fastshape.ShapedBatchNorm2d(8, p_zero=0.3, relu=True))
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        p_zero: float | None = None,
+        gradient: str = "straight_through",
+        at_eval: str = "off",
+        relu: bool = False,
+        inplace: bool = False,
+        **newer,  # what nn.BatchNorm2d of this torch takes besides
+    ):
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer
+        )
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient={gradient!r}: allowed are {', '.join(GRADIENTS)}")
+        if at_eval not in AT_EVAL:
+            raise ValueError(f"at_eval={at_eval!r}: allowed are {', '.join(AT_EVAL)}")
+        self.p_zero = None if p_zero is None else checked_p_zero(p_zero)
+        self.gradient = gradient
+        self.at_eval = at_eval
+        self.relu = relu
+        self.inplace = inplace
+
+    @classmethod
+    def from_batch_norm(cls, bn: nn.BatchNorm2d, **shaping) -> ShapedBatchNorm2d:
+        """The shaped form of `bn`, with its very Parameters and buffers, so that an optimizer that has them keeps working.
+
+        Args:
+            shaping: p_zero, gradient, at_eval, relu, inplace.
+
+        Raises:
+            TypeError: bn is not exactly an `nn.BatchNorm2d`. A subclass may compute something else; `nn.SyncBatchNorm`
+                does, for its statistics need the counts of all processes.
+        """
+        if type(bn) is not nn.BatchNorm2d:
+            why = (
+                ", whose statistics are those of all processes"
+                if isinstance(bn, nn.SyncBatchNorm)
+                else ""
+            )
+            raise TypeError(f"bn: must be a torch.nn.BatchNorm2d, not {type(bn).__name__}{why}")
+        module = cls(
+            bn.num_features, bn.eps, bn.momentum, affine=False, track_running_stats=False, **shaping
+        )
+        module.affine, module.track_running_stats = bn.affine, bn.track_running_stats
+        module._parameters.update(bn._parameters)
+        module._buffers.update(bn._buffers)
+        return module.train(bn.training)
+
+    def forward(
+        self,
+        input: Tensor,
+        mask: BitMask | Tensor | None = None,
+        rng_state: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Shape and normalize `input`.
+
+        Args:
+            mask: a `BitMask`, or a tensor of input's shape and device read as ``> 0``; replaces the random one.
+            rng_state: int64 [seed, offset] on input's device, of which the random mask is then a function.
+            generator: where to draw the state from; None is the default generator of input's device.
+
+        Raises:
+            TypeError: a dtype that cannot be shaped; a mask or rng_state of a wrong type.
+            ValueError: not (N, C, H, W) with C = num_features; one value a channel in training; a mask or rng_state of
+                another shape or device; rng_state or generator without a random mask, or together.
+            RuntimeError: in place on a leaf that requires a gradient.
+        """
+        if not self.training and self.at_eval == "off":
+            y = nn.BatchNorm2d.forward(self, input)
+            return functional.relu(y, inplace=True) if self.relu else y
+        if rng_state is not None or generator is not None:
+            if self.p_zero is None or mask is not None:
+                raise ValueError(
+                    "rng_state and generator go with a random mask: set p_zero, and give no mask"
+                )
+            if rng_state is not None and generator is not None:
+                raise ValueError("rng_state and generator: give one of them, not both")
+        _checked_x(input)
+        p_zero = self.p_zero if mask is None else None
+        if not (self.training or self.at_eval == "on"):
+            mask = p_zero = rng_state = None
+        elif p_zero is not None:
+            if rng_state is None:
+                rng_state = new_rng_state(generator=generator, device=input.device)
+            rng_state = checked_rng_state(rng_state, input.device)
+        return self._shaped(input, p_zero or 0.0, mask, rng_state, self.relu, self.inplace)
+
+    def _shaped(
+        self,
+        x: Tensor,
+        p_zero: float,
+        mask: BitMask | Tensor | None,
+        rng_state: Tensor | None,
+        relu: bool,
+        inplace: bool,
+    ) -> Tensor:
+        self._check_input_dim(x)
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"input has {x.shape[1]} channels, num_features is {self.num_features}: must be equal"
+            )
+        if inplace and x.is_leaf and x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "inplace=True: input is a leaf that requires a gradient and must keep its values"
+            )
+        if self.gradient == "zero":
+            x = x.detach()
+        if x.numel() == 0:  # nothing to shape
+            y = nn.BatchNorm2d.forward(self, x)
+            return functional.relu(y) if relu else y
+
+        memory_format = memory_format_name(x)
+        if memory_format is None:
+            x, memory_format, inplace = x.contiguous(), "contiguous", False
+        bits = None if mask is None else _checked_mask(mask, x, memory_format)
+        # Compiled code writes in place where it sees fit, and autograd lets a function that returns more than one tensor
+        # not write to a view.
+        inplace = inplace and not torch.compiler.is_compiling() and not x._is_view()
+
+        # What follows is nn.BatchNorm2d's own.
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        running_mean, running_var = self.running_mean, self.running_var
+        of_the_batch = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = None
+        if of_the_batch and x.numel() == x.shape[1]:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {x.size()}"
+            )
+        if of_the_batch and self.eps <= 0:  # a channel of zeros has no variance
+            raise ValueError(f"eps={self.eps}: must be positive in training")
+        weight, bias = self.weight, self.bias
+        if weight is not None and bias is None:  # the op takes both or neither
+            bias = torch.zeros_like(weight)
+        y, *_ = apply(
+            _ShapedBatchNorm, x, rng_state, bits, p_zero, weight, bias, running_mean, running_var, of_the_batch,
+            momentum, self.eps, relu, self.gradient == "clipped", inplace, memory_format,
+        )  # fmt: skip
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, p_zero={self.p_zero}, gradient={self.gradient!r}, "
+            f"at_eval={self.at_eval!r}, relu={self.relu}, inplace={self.inplace}"
+        )
