@@ -29,7 +29,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Switches that say where a run happens and not what it computes. A checkpoint may be resumed with
 # other values of these, and they do not enter the hash in a run folder's name.
-WHERE = ("device", "workers", "cache", "out")
+WHERE = ("device", "memory_format", "pipeline", "workers", "cache", "out")
+
+MEMORY_FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+}
 
 
 class ConfigError(ValueError):
@@ -280,7 +285,11 @@ class Config:
     cache: str | None = switch(
         None, optional(text("a folder")), "folder for decoded images (default: the data module's)"
     )
-    workers: int = switch(0, whole(0, 64), "loader processes; the numbers do not depend on it")
+    workers: int = switch(
+        0,
+        whole(0, 64),
+        "loader processes of the reference pipeline; the numbers do not depend on it",
+    )
 
     # model
     weights: str = switch(
@@ -329,6 +338,19 @@ class Config:
 
     # where
     device: str = switch("auto", text("auto | cpu | cuda | cuda:N"), "auto: CUDA if there is any")
+    pipeline: str = switch(
+        "auto",
+        choice("auto", "device", "reference"),
+        "reference: images are cropped and resized one by one on the CPU, by torchvision; "
+        "device: they stay on the training device as uint8, and a whole batch is cropped and resized "
+        "there, with the same crops and flips and pixels at most 1/255 apart; auto: device on CUDA, "
+        "reference on CPU",
+    )
+    memory_format: str = switch(
+        "auto",
+        choice("auto", *MEMORY_FORMATS),
+        "of weights and images; auto: channels_last on CUDA, contiguous on CPU",
+    )
     out: str | None = switch(
         None, optional(text("a folder")), "run folder (default: runs/ and a name from the switches)"
     )
@@ -529,8 +551,13 @@ def resolve(said: Mapping[str, Any]) -> tuple[Config, list[str]]:
         values["weights"] = str(Path(values["weights"]).expanduser().resolve())
     device = pick_device(values.get("device", "auto"))
     values["device"] = str(device)
-    if values["amp"] == "auto":
-        values["amp"] = "float16" if device.type == "cuda" else "off"
+    cuda = device.type == "cuda"
+    automatic = {
+        "amp": "float16" if cuda else "off",
+        "pipeline": "device" if cuda else "reference",
+        "memory_format": "channels_last" if cuda else "contiguous",
+    }
+    values |= {n: v for n, v in automatic.items() if values.get(n, "auto") == "auto"}
 
     config = Config(**values)
     check(config)

@@ -375,13 +375,17 @@ class UnlabelledImages(Dataset):
         index = int(self.indices[i])
         image = Image.fromarray(np.array(self.images[index]))  # a copy: the map is read-only
         with torch.random.fork_rng(devices=[]):
-            # The CPU generator alone: torch.manual_seed would reset those of the GPUs too, which
-            # fork_rng(devices=[]) does not restore.
-            torch.default_generator.manual_seed(_mix(self.seed, self.epoch, index))
+            self.start_draws(index)
             return self.transform(image)
 
+    def start_draws(self, index: int) -> None:
+        """Seed torch's CPU generator for what a random transform draws for that image."""
+        # The CPU generator alone: torch.manual_seed would reset those of the GPUs too, which
+        # fork_rng(devices=[]) does not restore.
+        torch.default_generator.manual_seed(_mix(self.seed, self.epoch, index))
 
-class LabelledImages(Dataset):
+
+class LabelledImages(UnlabelledImages):
     """Images with labels: [i] is (float32 (3, S, S) tensor, int label 0 to 6).
 
     Arguments, random draws and errors are those of `UnlabelledImages`, but for `domain`.
@@ -395,26 +399,11 @@ class LabelledImages(Dataset):
         seed: int = 0,
         epoch: int = 0,
     ) -> None:
-        self._unlabelled = UnlabelledImages(domain.images, indices, transform, seed, epoch)
-        self.labels = domain.labels[self._unlabelled.indices]
-
-    @property
-    def indices(self) -> np.ndarray:
-        return self._unlabelled.indices
-
-    @property
-    def epoch(self) -> int:
-        return self._unlabelled.epoch
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._unlabelled.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._unlabelled)
+        super().__init__(domain.images, indices, transform, seed, epoch)
+        self.labels = domain.labels[self.indices]
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return self._unlabelled[i], int(self.labels[i])
+        return super().__getitem__(i), int(self.labels[i])
 
 
 def split_holdout(domain: Domain, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

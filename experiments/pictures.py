@@ -1,17 +1,31 @@
-"""The two pictures of a run: how it learned, and what shaping does to an image's maps."""
+"""The two pictures of a run: how it learned, and what shaping does to an image's maps.
+
+    python experiments/pictures.py augmentation.png --source cartoon --image-size 96
+
+draws a third: training images by the reference pipeline, and by the one on the device below them.
+"""
 
 from __future__ import annotations
 
 import copy
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from config import Config
-from data import UnlabelledImages, test_transform
+from config import Config, resolve
+from data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    UnlabelledImages,
+    load_domain,
+    test_transform,
+    train_transform,
+)
+from device_images import DeviceBatches
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from methods import attach
@@ -265,3 +279,50 @@ def conv_number(model: nn.Module, name: str) -> int | None:
     """The reports' number of a convolution, from 1 in named_modules() order; None for others."""
     convs = [key for key, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     return convs.index(name) + 1 if name in convs else None
+
+
+# --- augmentation -----------------------------------------------------------------------------
+
+
+def augmentation(path: Path, config: Config, shown: int = 12, epochs: int = 3) -> float:
+    """Source images as epochs see them: by the reference, and by `DeviceBatches` below.
+
+    Returns the largest difference of a pixel, in 255ths.
+    """
+    images = load_domain(config.data, config.source, limit=config.limit, cache=config.cache).images
+    rows = np.linspace(0, len(images) - 1, shown).astype(int)
+    figure = Figure(figsize=(shown, 2.1 * epochs + 0.5), layout="constrained")
+    grid = figure.subplots(2 * epochs, shown, squeeze=False)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    largest = 0.0
+    for epoch, axes in zip(range(1, epochs + 1), grid.reshape(epochs, 2, shown), strict=True):
+        transform = train_transform(config.image_size)
+        dataset = UnlabelledImages(images, rows, transform, config.seed, epoch)
+        reference = torch.stack([dataset[i] for i in range(shown)])
+        device = next(iter(DeviceBatches(dataset, [list(range(shown))], config))).cpu()
+        for name, line, batch in zip(
+            ("reference", "device"), axes, (reference, device), strict=True
+        ):
+            line[0].set_ylabel(f"epoch {epoch}\n{name}", fontsize=8)
+            for cell, image in zip(line, (batch * std + mean).clamp(0, 1), strict=True):
+                cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+                cell.set(xticks=[], yticks=[])
+        largest = max(largest, float(((reference - device) * std).abs().max()) * 255)
+    figure.suptitle(
+        f"{config.source}, {config.image_size} x {config.image_size}, seed {config.seed}: largest "
+        f"difference of a pixel {largest:.2f} of 255"
+    )
+    save(figure, path)
+    return largest
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from run import said  # which imports this module
+
+    path, *switches = sys.argv[1:] if arguments is None else arguments
+    config, _ = resolve(said(switches)[0])
+    print(f"{path}: largest difference of a pixel {augmentation(Path(path), config):.2f} of 255")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from typing import Any
 import pictures
 import record
 import torch
-from config import SWITCHES, WHERE, Config, ConfigError, Rule, resolve
+from config import MEMORY_FORMATS, SWITCHES, WHERE, Config, ConfigError, Rule, resolve
 from data import CLASSES, DataError, Domain, load_domain, split_holdout
 from methods import METHODS, Method, ShapingError
 from model import Weights, WeightsError, build_model
@@ -119,7 +119,8 @@ def build(config: Config) -> Experiment:
     """
     device = torch.device(config.device)
     model, weights = build_model(config.weights, len(CLASSES), config.seed)
-    method = METHODS[config.mode](model.to(device), config, device)
+    model.to(device, memory_format=MEMORY_FORMATS[config.memory_format])
+    method = METHODS[config.mode](model, config, device)
 
     domains = {
         name: load_domain(config.data, name, limit=config.limit, cache=config.cache)

@@ -30,10 +30,11 @@ from data import (
     test_transform,
     train_transform,
 )
+from device_images import DeviceBatches
 from methods import Method, check_fired
 from screen import Screen
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 # Purposes of random numbers. Each (seed, purpose) is a stream of its own, so that target images
 # are not cropped and flipped as the source images of the same number are.
@@ -68,12 +69,18 @@ def epoch_order(
     return source, target[np.arange(n_source) % n_target]
 
 
-def batches(dataset: Dataset, order: np.ndarray, config: Config) -> DataLoader:
+Batches = DataLoader | DeviceBatches
+
+
+def batches(dataset: UnlabelledImages, order: np.ndarray, config: Config) -> Batches:
     """`dataset` in `order`, config.batch_size images at a time; the last batch may be smaller."""
     size = config.batch_size
+    parts = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+    if config.pipeline == "device":
+        return DeviceBatches(dataset, parts, config)
     return DataLoader(
         dataset,
-        batch_sampler=[order[i : i + size].tolist() for i in range(0, len(order), size)],
+        batch_sampler=parts,
         num_workers=config.workers,
         pin_memory=torch.device(config.device).type == "cuda",
         # a generator of its own: iterating must not draw from the stream that the maps use
@@ -81,7 +88,7 @@ def batches(dataset: Dataset, order: np.ndarray, config: Config) -> DataLoader:
     )
 
 
-def mixed_batches(images: np.ndarray, indices: Sequence[int], config: Config) -> DataLoader:
+def mixed_batches(images: np.ndarray, indices: Sequence[int], config: Config) -> Batches:
     """Images without labels in batches, as testing sees them, to measure BatchNorm on: float32.
 
     In a fixed random order, for a batch of one class alone has statistics of its own; without a
@@ -140,7 +147,7 @@ class TrainingImages:
             # one domain: (n, 3, S, S); k of them: (n, k, 3, S, S)
             yield images, labels, torch.stack(parts, 1) if config.mask_sources else parts[0]
 
-    def others(self, config: Config, epoch: int, domain: int) -> DataLoader:
+    def others(self, config: Config, epoch: int, domain: int) -> Batches:
         """The images of unlabelled domain number `domain` that go with an epoch's source images."""
         augment = train_transform if config.target_transform == "train" else test_transform
         streams = np.random.SeedSequence([config.seed, TARGET_AUGMENTATION, domain])
@@ -153,7 +160,7 @@ class TrainingImages:
         n = len(self.source_indices)
         return batches(dataset, epoch_order(config, epoch, n, len(dataset), domain)[1], config)
 
-    def plain(self, config: Config) -> DataLoader:
+    def plain(self, config: Config) -> Batches:
         """The source's training images without labels, to measure BatchNorm on."""
         return mixed_batches(self.source.images, self.source_indices, config)
 
@@ -186,7 +193,7 @@ class Evaluation:
         return counts
 
 
-def confusion(method: Method, loader: DataLoader, advance: Callable[[int], None]) -> Tensor:
+def confusion(method: Method, loader: Batches, advance: Callable[[int], None]) -> Tensor:
     """int64 (n_classes, n_classes) counts of [true, predicted], over every image of `loader`.
 
     On the method's device: nothing here waits for it.
@@ -345,6 +352,11 @@ def load_checkpoint(path: Path, method: Method, config: Config) -> list[dict[str
     state = record.read_checkpoint(path)
     check_same(state["config"], config, path)
     method.load_state_dict(state)
+    for parameter, moments in method.optimizer.state.items():
+        if moments.get("momentum_buffer") is not None:  # its strides are those of the saving run
+            moments["momentum_buffer"] = torch.empty_like(parameter).copy_(
+                moments["momentum_buffer"]
+            )
     torch.set_rng_state(state["cpu_rng"])
     if method.device.type == "cuda" and "cuda_rng" in state:
         torch.cuda.set_rng_state(state["cuda_rng"], method.device)
