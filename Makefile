@@ -23,11 +23,12 @@ parity: $(VENV)/installed
 test-cpu-only-torch: $(VENV)/installed
 	$(BIN)/python -m pytest -m fetch tests/test_cpu_only_torch.py
 
-# Timings against what people use today; the table goes to the screen, the figures to .benchmarks/.
+# Timings and memory against what people use today; the table goes to the screen, figures and roofline to .benchmarks/.
 bench: $(VENV)/installed
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-json=.benchmarks/last.json --benchmark-columns=median
 	$(BIN)/python benchmarks/table.py .benchmarks/last.json --save .benchmarks/last.csv
+	$(BIN)/python benchmarks/roofline.py .benchmarks/last.json --save .benchmarks/roofline.png
 
 # On a machine with a GPU: its tests, compute-sanitizer and timings, in ten minutes, to benchmarks/results/DEVICE.json. With
 # PYTHON as it is, which has torch: nothing is fetched. python benchmarks/gpu.py --help says what can be chosen.

@@ -1,55 +1,36 @@
-"""Random shaping, forward and forward + backward, against what people use today."""
+"""Random and target shaping, forward and forward + backward, against what people use today."""
 
 import functools
 
-import numpy as np
+import contenders
 import pytest
 import torch
-import torch.nn.functional as F
+from contenders import P_ZERO
 
 import fastshape
-from fastshape import reference
 
-P_ZERO = 0.5
+# Maps of ResNet-18: after conv 1 and in layer 1.
 SIZES = {"large": (32, 64, 112, 112), "small": (8, 64, 56, 56)}
+CONTENDERS = (
+    contenders.eager_reference,
+    contenders.torch_compile_of_reference,
+    contenders.dropout,
+    contenders.published_numpy,
+    contenders.clone,
+)
 
 
-@functools.cache
-def compiled_reference():
-    return torch.compile(reference.differentiable_shape, fullgraph=True)
+class ConvolutionOutput(torch.autograd.Function):
+    """A stand-in for a convolution: gives `z` a history without touching it, and takes its gradient."""
 
+    @staticmethod
+    def forward(ctx, weight, z):
+        ctx.mark_dirty(z)
+        return z
 
-def fastshape_shape(x):
-    return fastshape.shape(x, p_zero=P_ZERO)
-
-
-def eager_reference(x):
-    return reference.differentiable_shape(x, fastshape.rng_state(), None, P_ZERO)
-
-
-def torch_compile_of_reference(x):
-    return compiled_reference()(x, fastshape.rng_state(), None, P_ZERO)
-
-
-def dropout(x):
-    return F.dropout(x, P_ZERO)
-
-
-def published_numpy(x):
-    """The reports' way: a mask by numpy.random.choice on the host, as floats, multiplied in.
-
-    Without their binarization, which cuts the gradient: so there is a backward pass to time.
-    """
-    mask = np.random.choice([0, 1], size=tuple(x.shape), p=[P_ZERO, 1 - P_ZERO])
-    return x * torch.from_numpy(mask).to(x)
-
-
-def clone(x):
-    """No shaping at all: what a fresh copy of the map costs."""
-    return x.clone()
-
-
-CONTENDERS = (eager_reference, torch_compile_of_reference, dropout, published_numpy, clone)
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.new_zeros(()), None
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -70,7 +51,43 @@ def test_random_shaping(against, size, direction, contender):
             torch.autograd.grad(y, x, grad)
 
     against(
-        functools.partial(call, fastshape_shape),
+        functools.partial(call, contenders.fastshape_shape),
         functools.partial(call, contender),
         moved_bytes=passes * 2 * x.element_size() * x.numel(),
     )
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("contender", CONTENDERS[:-1], ids=lambda f: f.__name__)
+def test_random_shaping_in_place(against, size, contender):
+    """Forward + backward on a convolution's output, which fastshape overwrites; the contenders cannot."""
+    torch.manual_seed(0)
+    z, weight = torch.randn(SIZES[size]), torch.zeros((), requires_grad=True)
+    grad = torch.randn_like(z)
+
+    def call(shaping):
+        y = shaping(ConvolutionOutput.apply(weight, z.detach_()))
+        torch.autograd.grad(y, weight, grad)
+
+    against(
+        functools.partial(call, lambda x: fastshape.shape(x, p_zero=P_ZERO, inplace=True)),
+        functools.partial(call, contender),
+        moved_bytes=4 * z.element_size() * z.numel(),
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_target_shaping(against, size):
+    """Forward + backward with a recorded mask, against a float mask multiplied in."""
+    torch.manual_seed(0)
+    x, target, grad = torch.randn(3, *SIZES[size])
+    x.requires_grad_()
+    mask, floats = fastshape.BitMask.from_tensor(target), (target > 0).float()
+
+    def ours():
+        torch.autograd.grad(fastshape.shape(x, mask=mask), x, grad)
+
+    def float_mask():
+        torch.autograd.grad(x * floats, x, grad)
+
+    against(ours, float_mask, moved_bytes=int(2 * (2 * x.element_size() + 1 / 8) * x.numel()))

@@ -1,0 +1,124 @@
+"""Draws the roofline of a machine and where fastshape and its contenders stand under it.
+
+python benchmarks/roofline.py .benchmarks/last.json --save benchmarks/results/NAME.png
+
+Across: operations of the algorithm for each byte that it must move. Upwards: operations done in a second, over the
+same counts for everybody: a contender that moves more bytes, or computes more than it must, stands lower.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# Integer operations an element. Philox: ten rounds of two products, four xors and two key additions for eight elements, and
+# a comparison for each. Shaping: is it positive, and two selections. BatchNorm of bits: a selection forward; a product, a
+# sum and three selections backward, and the two sums.
+RANDOM = 10 * 8 / 8 + 1
+SHAPE = 3
+# test: operations an element in what is timed, and bytes an element (float32).
+WORK = {
+    "random_shaping forward": (RANDOM + SHAPE, 8),
+    "random_shaping forward+backward": (2 * (RANDOM + SHAPE) - 1, 16),
+    "random_shaping_in_place": (2 * (RANDOM + SHAPE) - 1, 16),
+    "target_shaping": (2 * SHAPE, 16.25),
+    "block": (2 * RANDOM + SHAPE + 1 + 7, 20.5),
+}
+
+
+def points(report: dict) -> list[tuple[str, str, float, float, float]]:
+    """(work, contender, operations a byte, our Gop/s, their Gop/s) for each benchmark of a large map."""
+    found = []
+    for entry in report["benchmarks"]:
+        info, case = entry["extra_info"], entry["param"] or ""
+        work = entry["name"].split("[")[0].removeprefix("test_")
+        if work == "random_shaping":
+            work += " forward+backward" if "forward+backward" in case else " forward"
+        if work not in WORK or "small" in case or "layer1" in case:
+            continue
+        operations, size = WORK[work]
+        total = operations * info["bytes"] / size
+        rates = (total / info[key] / 1e6 for key in ("ours_ms", "theirs_ms"))
+        found.append((work, case.split("-")[0], operations / size, *rates))
+    return found
+
+
+def roofs(report: dict) -> tuple[float, float, float]:
+    """GB/s of a copy to warm and to fresh memory, and Gop/s of Philox alone."""
+    by_name = {entry["name"]: entry for entry in report["benchmarks"]}
+
+    def rate(name, amount):
+        entry = by_name[name]
+        return amount(entry["extra_info"]) / entry["stats"]["median"] / 1e9
+
+    warm = rate("test_bandwidth[copy_to_warm_memory]", lambda info: info["bytes"])
+    fresh = rate("test_bandwidth[copy_to_fresh_memory]", lambda info: info["bytes"])
+    return warm, fresh, rate("test_random_bits", lambda info: RANDOM * info["elements"])
+
+
+def draw(report: dict, path: Path) -> None:
+    warm, fresh, peak = roofs(report)
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    ends = [0.1, 10.0]
+    for bandwidth, label, style in (
+        (warm, f"copy to warm memory, {warm:.1f} GB/s", "-"),
+        (fresh, f"copy to fresh memory, {fresh:.1f} GB/s", "--"),
+    ):
+        knee = peak / bandwidth
+        axes.plot(
+            [ends[0], knee, ends[1]],
+            [bandwidth * ends[0], peak, peak],
+            style,
+            color="0.35",
+            lw=1,
+            label=label,
+        )
+    axes.text(
+        ends[1], peak, f"Philox alone, {peak:.1f} Gop/s ", ha="right", va="bottom", color="0.35"
+    )
+    ours: dict[str, list] = {}
+    for number, (work, contender, intensity, our_rate, their_rate) in enumerate(points(report)):
+        ours.setdefault(work, []).append((intensity, our_rate))
+        label = "contenders" if number == 0 else None
+        axes.plot(intensity, their_rate, "o", mfc="none", mec="tab:gray", ms=5, label=label)
+        axes.annotate(
+            contender,
+            (intensity, their_rate),
+            xytext=(5, -2),
+            textcoords="offset points",
+            fontsize=5,
+            color="0.5",
+        )
+    for work, seen in ours.items():
+        rate = sorted(rate for _, rate in seen)[len(seen) // 2]
+        axes.plot(seen[0][0], rate, "D", ms=8, label=f"fastshape: {work.replace('_', ' ')}")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=ends,
+        xlabel="operations for each byte that must move",
+        ylabel="Gop/s",
+    )
+    axes.legend(fontsize=7, loc="lower right")
+    about = report["machine_info"].get("cpu", {}).get("brand_raw", "")
+    axes.set_title(f"{about}, float32 maps of (32 or 16, 64, 112, 112)", fontsize=9)
+    part = path.with_name(f".{path.name}.part")
+    figure.savefig(part, format="png", dpi=130)
+    os.replace(part, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("report", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("--save", type=Path, required=True, help="PNG to write")
+    arguments = parser.parse_args()
+    draw(json.loads(arguments.report.read_text()), arguments.save)
+
+
+if __name__ == "__main__":
+    main()
