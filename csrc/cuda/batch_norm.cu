@@ -34,7 +34,7 @@ struct PlaneChunks {
 };
 
 // Calls f(number among the chunks of its channel, channel, first element, length) for each chunk. All lanes of a warp come
-// equally often, some with a chunk of length 0.
+// equally often, some with a chunk that does not exist: element 0, length 0.
 template <int kGroup, class F>
 __device__ __forceinline__ void over_chunks(const PlaneChunks& c, const F& f) {
   constexpr int kGroups = kLanes / kGroup;
@@ -42,8 +42,9 @@ __device__ __forceinline__ void over_chunks(const PlaneChunks& c, const F& f) {
     const int64_t unit = warp * kGroups + lane_index() / kGroup;
     const int64_t plane = c.chunks.divide(unit), chunk = unit - plane * c.chunks();
     const int64_t image = c.channels.divide(plane), start = chunk * c.elements;
-    const int64_t length = unit < c.units() ? min(c.elements, c.inner - start) : 0;
-    f(image * c.chunks() + chunk, plane - image * c.channels(), plane * c.inner + start, static_cast<int>(length));
+    const bool exists = unit < c.units();
+    f(image * c.chunks() + chunk, plane - image * c.channels(), exists ? plane * c.inner + start : 0,
+      exists ? static_cast<int>(min(c.elements, c.inner - start)) : 0);
   }
 }
 
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       found += __popc(bits);
     }
     found = sum_of_group<kGroup>(found);
-    if (lane_index() % kGroup == 0 && length > 0) atomicAdd(counts + channel, found);
+    if (lane_index() % kGroup == 0) atomicAdd(counts + channel, found);
   });
 }
 
@@ -133,7 +134,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     for (int64_t row = start; row < stop; row += kLanes) {
       const uint64_t first = (row + lane) * rows.width + place;
       uint32_t word = 0;
-      if (row + lane < stop) word = words ? reinterpret_cast<const uint32_t*>(ones)[first / 32] : bits_from(ones, first, bytes_for(n));
+      if (row + lane < stop)
+        word = words ? reinterpret_cast<const uint32_t*>(ones)[first / 32] : bits_from(ones, first, bytes_for(n));
       found += __popc(transposed(word, lane));
     }
     if (place + lane < rows.width) atomicAdd(counts + (place + lane) % channels, found);
@@ -144,7 +146,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 template <class Number>
 __global__ void __launch_bounds__(kLanes)
-    normalize_kernel(const BatchNorm norm, const int64_t* counts, int64_t elements, int64_t channels, double* statistics, void* table) {
+    normalize_kernel(const BatchNorm norm, const int64_t* counts, int64_t elements, int64_t channels, double* statistics,
+                     void* table) {
   for (int64_t c = blockIdx.x * int64_t{kLanes} + threadIdx.x; c < channels; c += gridDim.x * int64_t{kLanes})
     normalize_channel<Number>(norm, norm.batch_statistics ? counts[c] : 0, elements, c, channels, statistics,
                               static_cast<typename Number::Bits*>(table));
@@ -188,7 +191,8 @@ struct LookUpOp : ChannelOp<BitsOfOne, MaskSource::kNone> {
 template <class Bits, Pattern kPattern>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     look_up_kernel(const uint8_t* ones, const void* table, void* y, const ChannelMap map, const Work work) {
-  over_map(LookUpOp<Bits, kPattern>{{{nullptr, y, ones, nullptr, nullptr}, map}, static_cast<const Bits*>(table)}, {}, work);
+  using ThisOp = LookUpOp<Bits, kPattern>;
+  over_map(ThisOp{{{nullptr, y, ones, nullptr, nullptr}, map}, static_cast<const Bits*>(table)}, {}, work);
 }
 
 // ---- sums ----
@@ -215,7 +219,8 @@ constexpr int64_t kSummedElements = 4096;  // a chunk of a plane
 // vectors in the accumulator, and these sums in float64.
 template <class Number, int kGroup>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    sum_planes_kernel(const void* grad, const uint8_t* ones, int64_t n, const PlaneChunks chunks, bool aligned, double* sums) {
+    sum_planes_kernel(const void* grad, const uint8_t* ones, int64_t n, const PlaneChunks chunks, bool aligned,
+                      double* sums) {
   using Bits = typename Number::Bits;
   using V = Vector<Bits>;
   using Accumulator = typename Value<Number>::Accumulator;
@@ -302,7 +307,8 @@ struct SummedRows {
 // of the channels' sums: so few fit into registers.
 template <class Number>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    sum_rows_kernel(const void* grad, const uint8_t* ones, int64_t n, const SummedRows rows, int64_t channels, bool aligned, double* sums) {
+    sum_rows_kernel(const void* grad, const uint8_t* ones, int64_t n, const SummedRows rows, int64_t channels, bool aligned,
+                    double* sums) {
   using Bits = typename Number::Bits;
   using V = Vector<Bits>;
   using Accumulator = typename Value<Number>::Accumulator;
@@ -386,8 +392,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 // part, and the lanes add theirs.
 template <class Number>
 __global__ void __launch_bounds__(kLanes)
-    differentiate_kernel(const BatchNorm norm, const double* statistics, const double* sums, int64_t partials, int64_t elements,
-                         int64_t channels, void* grad_weight, void* grad_bias, void* coefficients) {
+    differentiate_kernel(const BatchNorm norm, const double* statistics, const double* sums, int64_t partials,
+                         int64_t elements, int64_t channels, void* grad_weight, void* grad_bias, void* coefficients) {
   using Accumulator = typename Value<Number>::Accumulator;
   for (int64_t c = blockIdx.x; c < channels; c += gridDim.x) {
     double sum[2] = {0, 0};
@@ -441,7 +447,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     grad_input_kernel(const void* grad, const uint8_t* ones, const MaskRequest mask, const void* coefficients, void* dx,
                       const ChannelMap map, const Work work) {
   using ThisOp = GradInputOp<Number, kSource, kPattern>;
-  over_map(ThisOp{{{grad, dx, ones, nullptr, nullptr}, map}, static_cast<const typename ThisOp::Accumulator*>(coefficients)}, mask, work);
+  const auto* numbers = static_cast<const typename ThisOp::Accumulator*>(coefficients);
+  over_map(ThisOp{{{grad, dx, ones, nullptr, nullptr}, map}, numbers}, mask, work);
 }
 
 // float64 does with the last pattern alone: moving eight bytes an element, it has the time for it.
@@ -461,6 +468,7 @@ void with_pattern(Channels channels, const void* rows, F&& f) {
 // ---- launches ----
 
 cudaError_t count(const uint8_t* ones, int64_t n, Channels channels, int64_t* counts, cudaStream_t stream) {
+  if (channels.count == 0) return cudaSuccess;
   if (cudaError_t error = cudaMemsetAsync(counts, 0, channels.count * sizeof(int64_t), stream)) return error;
   if (n == 0) return cudaSuccess;
   auto* to = reinterpret_cast<unsigned long long*>(counts);
@@ -472,7 +480,8 @@ cudaError_t count(const uint8_t* ones, int64_t n, Channels channels, int64_t* co
   const PlaneChunks chunks(n, channels, kCountedBits);
   cudaError_t error = cudaErrorInvalidValue;
   with_group(chunks, [&](auto group) {
-    error = launch(count_planes_kernel<group.value>, kThreads, chunks.units(), kThreads / group.value, stream, ones, chunks, to);
+    error = launch(count_planes_kernel<group.value>, kThreads, chunks.units(), kThreads / group.value, stream, ones, chunks,
+                   to);
   });
   return error;
 }
@@ -561,8 +570,8 @@ cudaError_t grad_input(const GradInputArguments& call, cudaStream_t stream) {
       with_pattern<kWidth>(call.channels, call.coefficients, [&](auto pattern) {
         using ThisOp = GradInputOp<Number, source.value, pattern.value>;
         const Work work = work_for<ThisOp>(call.n, is_aligned(call.grad, 16) && is_aligned(call.dx, 16));
-        error = launch(grad_input_kernel<Number, source.value, pattern.value>, kThreads, work.units(), kWarps, stream, call.grad,
-                       call.ones, call.mask, call.coefficients, call.dx, ChannelMap(call.channels, kWidth), work);
+        error = launch(grad_input_kernel<Number, source.value, pattern.value>, kThreads, work.units(), kWarps, stream,
+                       call.grad, call.ones, call.mask, call.coefficients, call.dx, ChannelMap(call.channels, kWidth), work);
       });
     });
   });

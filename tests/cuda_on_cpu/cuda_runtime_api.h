@@ -55,7 +55,9 @@ T from_lane(T value, unsigned other) {
 
 }  // namespace emulation
 
-inline cudaError_t cudaGetLastError() { return std::exchange(emulation::failed, false) ? cudaErrorInvalidValue : cudaSuccess; }
+inline cudaError_t cudaGetLastError() {
+  return std::exchange(emulation::failed, false) ? cudaErrorInvalidValue : cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
