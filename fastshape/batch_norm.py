@@ -46,23 +46,30 @@ class _ShapedBatchNorm(_Unbatched):
         ctx.save_for_backward(ones, statistics, rng_state, bits, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 15
-        ones, statistics, rng_state, bits, weight, bias = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = (ctx.needs_input_grad[i] for i in (0, 4, 5))
-        grad = grad.contiguous(memory_format=MEMORY_FORMATS[ctx.memory_format])
-        dx, dweight, dbias = torch.ops.fastshape.shaped_batch_norm_backward.default(
-            grad, ones, statistics, rng_state, bits, ctx.p_zero, weight, bias, ctx.training, ctx.relu, needs_x
-        )  # fmt: skip
-        return (
-            dx if needs_x else None,
-            *(None,) * 3,
-            dweight if needs_weight else None,
-            dbias if needs_bias else None,
-            *(None,) * 9,
-        )
+        # once_differentiable takes longer than the op on a small map: only where the graph of backward is wanted.
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, grad)
+
+
+def _gradients(ctx, grad):
+    if grad is None:
+        return (None,) * 15
+    needs_x, _, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    ones, statistics, rng_state, bits, weight, bias = ctx.saved_tensors
+    grad = grad.contiguous(memory_format=MEMORY_FORMATS[ctx.memory_format])
+    dx, dweight, dbias = torch.ops.fastshape.shaped_batch_norm_backward.default(
+        grad, ones, statistics, rng_state, bits, ctx.p_zero, weight, bias, ctx.training, ctx.relu, needs_x
+    )  # fmt: skip
+    return (
+        dx if needs_x else None,
+        *(None,) * 3,
+        dweight if needs_weight else None,
+        dbias if needs_bias else None,
+        *(None,) * 9,
+    )
+
+
+_gradients_once = once_differentiable(_gradients)
 
 
 class ShapedBatchNorm2d(nn.BatchNorm2d):

@@ -228,6 +228,17 @@ def test_steps_then_evaluation_as_nn_batch_norm(options, p_zero):
             )
 
 
+def test_tracking_switched_off():
+    """After construction: the statistics are there, and used in evaluation, but do not move."""
+    module, bn = ShapedBatchNorm2d(C, at_eval="on"), nn.BatchNorm2d(C)
+    module.track_running_stats = bn.track_running_stats = False
+    x = a_map()
+    for training in (True, False):
+        torch.testing.assert_close(module.train(training)(x), bn.train(training)((x > 0).float()))
+    for actual, expected in zip(module.buffers(), bn.buffers(), strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("relu", (False, True))
 def test_at_eval(relu):
     x, mask = a_map(), torch.randn(N, C, H, W)
@@ -419,6 +430,7 @@ def test_in_place_writes_into_a_conv_output(gradient, memory_format):
         y = module(z, rng_state=fastshape.rng_state(1))
         assert (y.data_ptr() == z.data_ptr()) == inplace
         assert (z._version > version) == inplace
+        assert (y is z) == (inplace and gradient != "zero")  # "zero" cuts y off z's graph
         y.square().sum().backward()
         parameters = (*conv.parameters(), *module.parameters())
         results.append([y, *(None if p.grad is None else p.grad.clone() for p in parameters)])

@@ -327,6 +327,31 @@ def test_blocks_of_a_model_that_cannot_be_traced():
     assert_same(*(shaped_step(model, m, **arguments) for m in ("hooks", "replace")))
 
 
+class Split(nn.Module):
+    """What takes the output of a part is known to the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.part(x))
+
+
+@pytest.mark.parametrize(
+    "forward", (lambda m, x: m(x), lambda m, x: m.part(x), lambda m, x: m.part[0](x))
+)
+def test_a_chain_across_modules(forward):
+    model = varied(Split()).double()
+    with replaced(model, "all"):
+        assert model.part[1].relu and type(model.relu) is not nn.ReLU
+    arguments = {"mode": "random", "p_zero": 0.3, "forward": forward}
+    assert_same(
+        *(shaped_step(model, m, "all", images.double(), **arguments) for m in ("hooks", "replace"))
+    )
+
+
 # ---- the same as hooks ----
 
 
@@ -559,29 +584,22 @@ def test_checkpointing_repeats_what_was_done(use_reentrant):
 @pytest.mark.parametrize("watched", (("conv1",), ("bn1",), ("relu",), ("conv1", "bn1", "relu")))
 def test_hooks_that_come_later_see_what_they_would_see(watched):
     model = build("resnet18").double()
-    seen = {}
+    seen = []
 
     def forward(model, x):
-        handles = [
-            model.get_submodule(name).register_forward_hook(
-                lambda m, a, out, name=name: seen.setdefault(name, []).append(
-                    (a[0].clone(), out.clone())
-                )
-            )
-            for name in watched
-        ]
-        y = model(x)
-        for handle in handles:
-            handle.remove()
-        return y
+        seen.append([])
+        for name in watched:
+            module = model.get_submodule(name)
+            module.register_forward_pre_hook(lambda m, args: seen[-1].append(args[0].clone()))
+            module.register_forward_hook(lambda m, args, out: seen[-1].append(out.clone()))
+        return model(x)
 
     arguments = {"mode": "random", "p_zero": 0.3, "forward": forward}
     assert_same(
         *(shaped_step(model, m, [1, 4], images.double(), **arguments) for m in ("hooks", "replace"))
     )
-    for by_hooks, by_replacement in seen.values():
-        for a, b in zip(by_hooks, by_replacement, strict=True):
-            assert torch.allclose(a, b)
+    for a, b in zip(*seen, strict=True):
+        assert torch.allclose(a, b)
 
 
 @pytest.mark.parametrize("order", ((0, 1), (1, 0)))
