@@ -3,7 +3,7 @@
 // With k ones among the m elements of a channel: mean = k / m, var = mean (1 - mean), invstd = 1 / sqrt(var + eps),
 // scale = weight invstd, y(0) = bias - mean scale, y(1) = bias + (1 - mean) scale, then ReLU of both. k is an exact
 // integer; everything after it is float64, each operation rounded once (no fused multiply-add), then rounded to the
-// dtype of the map. So every backend writes the same bits.
+// dtype of the map. So every backend writes the same bits, the pattern of a NaN aside.
 #pragma once
 
 #include <cmath>
