@@ -15,8 +15,10 @@ GRADIENTS = ("straight_through", "clipped", "zero")
 
 
 def _masked(x, rng_state, bits, p_zero, memory_format):
-    """x * M with a gradient of its own, so that a backward pass can be differentiated again."""
+    """x * M, with a gradient of its own where a backward pass is to be differentiated again."""
     x = x.contiguous(memory_format=MEMORY_FORMATS[memory_format])
+    if not torch.is_grad_enabled():
+        return torch.ops.fastshape.shape.default(x, rng_state, bits, p_zero, False)
     return apply(_StraightThrough, x, rng_state, bits, p_zero, False, False, memory_format)
 
 

@@ -115,8 +115,13 @@ struct Path {
 
   template <class Number, bool kBinarize, bool kWithinOne, MaskSource kSource>
   FASTSHAPE_AVX2 static void shape(const ShapeArguments& call, const Mask& mask, Range range) {
+    using Bits = typename Number::Bits;
     const Draws draws = draws_of(mask);
     for (int64_t byte = range.first; byte < range.last; byte += kStepBytes) {
+      if (kSource == MaskSource::kRandom) {
+        look_ahead<8 * kStepBytes>(static_cast<const Bits*>(call.x) + 8 * byte);
+        if (call.y != call.x) look_ahead<8 * kStepBytes>(static_cast<const Bits*>(call.y) + 8 * byte);
+      }
       uint64_t keep[kStepBlocks];
       mask_blocks<kSource>(mask, draws, byte, keep);
       for (int b = 0; b < kStepBlocks; ++b) shape_block<Number, kBinarize, kWithinOne>(call, byte + 8 * b, keep[b]);
@@ -126,12 +131,14 @@ struct Path {
   template <class Number, bool kWithinOne, MaskSource kSource>
   FASTSHAPE_AVX2 static void ones(const OnesArguments& call, const Mask& mask, Range range) {
     using L = Lanes<Number>;
+    using Bits = typename Number::Bits;
     const Draws draws = draws_of(mask);
     for (int64_t byte = range.first; byte < range.last; byte += kStepBytes) {
+      if (kSource == MaskSource::kRandom) look_ahead<8 * kStepBytes>(static_cast<const Bits*>(call.x) + 8 * byte);
       uint64_t ones[kStepBlocks], within_one[kStepBlocks] = {}, keep[kStepBlocks];
       mask_blocks<kSource>(mask, draws, byte, keep);
       for (int b = 0; b < kStepBlocks; ++b) {
-        const auto* x = static_cast<const typename Number::Bits*>(call.x) + 8 * (byte + 8 * b);
+        const Bits* x = static_cast<const Bits*>(call.x) + 8 * (byte + 8 * b);
         ones[b] = 0;
 #pragma GCC unroll 16
         for (int k = 0; k < 64; k += L::kCount) {

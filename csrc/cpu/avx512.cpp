@@ -166,6 +166,10 @@ struct Path {
     using Bits = typename Number::Bits;
     const Draws draws = draws_of(mask);
     for (int64_t byte = range.first; byte < range.last; byte += kStepBytes) {
+      if (kSource == MaskSource::kRandom) {
+        look_ahead<8 * kStepBytes>(static_cast<const Bits*>(call.x) + 8 * byte);
+        if (call.y != call.x) look_ahead<8 * kStepBytes>(static_cast<const Bits*>(call.y) + 8 * byte);
+      }
       uint64_t keeps[kStepBlocks];
       mask_blocks<kSource>(mask, draws, byte, keeps);
       for (int b = 0; b < kStepBlocks; ++b) {
@@ -187,12 +191,14 @@ struct Path {
   template <class Number, bool kWithinOne, MaskSource kSource>
   FASTSHAPE_AVX512 static void ones(const OnesArguments& call, const Mask& mask, Range range) {
     using L = Lanes512<Number>;
+    using Bits = typename Number::Bits;
     const Draws draws = draws_of(mask);
     for (int64_t byte = range.first; byte < range.last; byte += kStepBytes) {
+      if (kSource == MaskSource::kRandom) look_ahead<8 * kStepBytes>(static_cast<const Bits*>(call.x) + 8 * byte);
       uint64_t keep[kStepBlocks], ones[kStepBlocks] = {}, within_one[kStepBlocks] = {};
       mask_blocks<kSource>(mask, draws, byte, keep);
       for (int b = 0; b < kStepBlocks; ++b) {
-        const auto* x = static_cast<const typename Number::Bits*>(call.x) + 8 * byte + 64 * b;
+        const Bits* x = static_cast<const Bits*>(call.x) + 8 * byte + 64 * b;
 #pragma GCC unroll 8
         for (int k = 0; k < 64; k += L::kCount) {
           const __m512i value = _mm512_loadu_si512(x + k);

@@ -6,6 +6,15 @@
 
 namespace fastshape::cpu {
 
+// Asks for the memory of a step that is 2 KiB ahead of the one at `x`. Drawing a mask keeps a core from its loads for longer
+// than the hardware looks ahead. It may lie behind the tensor's end: a hint reads nothing.
+template <int64_t kElements, class Bits>
+FASTSHAPE_INLINE void look_ahead(const Bits* x) {
+  constexpr uintptr_t kAhead = 2048, kLine = 64;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(x) + kAhead;
+  for (uintptr_t at = 0; at < kElements * sizeof(Bits); at += kLine) __builtin_prefetch(reinterpret_cast<const void*>(first + at));
+}
+
 // `Path` has kStepBytes, the mask bytes of a step, and the kernels of ranges that whole steps fill; those of `pack` are
 // filled by blocks of 64 elements.
 template <class Path>
