@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,11 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from data import DOMAINS
 
+from fastshape import backend_info
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Switches that say where a run happens and not what it computes. A checkpoint may be resumed with
 # other values of these, and they do not enter the hash in a run folder's name.
-WHERE = ("device", "memory_format", "pipeline", "workers", "cache", "out")
+WHERE = ("device", "memory_format", "pipeline", "attach", "workers", "cache", "out")
 
 MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -346,6 +349,13 @@ class Config:
         "there, with the same crops and flips and pixels at most 1/255 apart; auto: device on CUDA, "
         "reference on CPU",
     )
+    attach: str = switch(
+        "auto",
+        choice("auto", "hooks", "replace"),
+        "modes random, da: replace: a shaped convolution, its BatchNorm and ReLU run as one op, where "
+        "the model has them in a row; hooks: they stay apart; one step is the same but for rounding, which "
+        "training magnifies; auto: replace where that is one op on this device, else hooks",
+    )
     memory_format: str = switch(
         "auto",
         choice("auto", *MEMORY_FORMATS),
@@ -375,8 +385,16 @@ class Config:
         return self.epochs, self.epochs * per_epoch
 
     def as_dict(self) -> dict[str, Any]:
-        """The switches as plain values for yaml, json and checkpoints: tuples become lists."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """The switches as plain values for yaml, json and checkpoints: tuples become lists.
+
+        Data and weights inside the repository are named from there: a record says where to put
+        them, and nothing of the machine.
+        """
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        for name in ("data", "weights"):
+            if Path(values[name]).is_relative_to(REPOSITORY):
+                values[name] = Path(values[name]).relative_to(REPOSITORY).as_posix()
+        return values
 
 
 SWITCHES = {f.name: f for f in fields(Config)}
@@ -416,7 +434,7 @@ MODES_OF = {
     "layers": LAYERED,
     "after": LAYERED,
     "every": LAYERED,
-    "bn_recalibration": LAYERED,
+    "bn_recalibration": ("baseline", *LAYERED),
     "binarize": ("random", "da"),
     "gradient": ("random", "da"),
     "at_eval": ("random", "da"),
@@ -534,8 +552,7 @@ def resolve(said: Mapping[str, Any]) -> tuple[Config, list[str]]:
             shown = ", ".join(f"{k} {v}" for k, v in changed.items())
             warnings.append(f"toy defaults replace those of preset {preset}: {shown}")
     else:
-        # absolute, so that a run can be resumed from another folder
-        data = str(Path(data).expanduser().resolve())
+        data = absolute(data)
 
     # a switch of the preset gives way where what was said leaves it no meaning
     if "every" not in said and said.get("layers", ("all",)) != ("all",):
@@ -548,12 +565,14 @@ def resolve(said: Mapping[str, Any]) -> tuple[Config, list[str]]:
         values["epochs"] = None
     values |= said | {"data": data}
     if values["weights"] not in ("imagenet", "none"):
-        values["weights"] = str(Path(values["weights"]).expanduser().resolve())
+        values["weights"] = absolute(values["weights"])
     device = pick_device(values.get("device", "auto"))
     values["device"] = str(device)
     cuda = device.type == "cuda"
+    fused = values["mode"] in ("random", "da") and values["after"] == "conv" and values["binarize"]
     automatic = {
         "amp": "float16" if cuda else "off",
+        "attach": "replace" if fused and backend_info()[device.type] == "native" else "hooks",
         "pipeline": "device" if cuda else "reference",
         "memory_format": "channels_last" if cuda else "contiguous",
     }
@@ -574,6 +593,16 @@ def resolve(said: Mapping[str, Any]) -> tuple[Config, list[str]]:
             "measured on the training images; only target_* is a result"
         )
     return config, warnings
+
+
+def absolute(path: str) -> str:
+    """`path` from the root on, so that a run can be resumed from another folder.
+
+    A relative path that is not in the working folder is one in the repository, as records have it.
+    """
+    path = Path(path).expanduser()
+    within = REPOSITORY / path
+    return os.path.abspath(within if within.exists() and not path.exists() else path)
 
 
 def pick_device(name: str) -> torch.device:

@@ -33,7 +33,7 @@ from torch import Tensor
 import fastshape
 
 # Of what summary.json and metrics.jsonl hold. To be raised when a reader of old ones would err.
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 
 class RecordError(OSError):

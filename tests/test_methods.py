@@ -220,6 +220,30 @@ def test_own_hooks_and_those_of_the_package_shape_alike(switches, gradient):
 
 
 @pytest.mark.parametrize("at_eval", ["off", "binarize"])
+@pytest.mark.parametrize("mode", ["random", "da"])
+def test_hooks_and_replacement_train_alike(mode, at_eval):
+    """In float64, where rounding does not grow into another map: weights, statistics and tests after five updates."""
+    results = []
+    for way in ("hooks", "replace"):
+        switches = {"p_zero": (0.5,)} if mode == "random" else {}
+        config = Config(
+            mode=mode, layers=(1, 2), at_eval=at_eval, attach=way, amp="off", lr=0.1, **switches
+        )
+        method = METHODS[mode](net().double(), config, CPU)
+        assert set(method.attachment.method_of.values()) == {way}
+        for step in range(5):
+            torch.manual_seed(step)
+            target = images(seed=10 + step).double() if mode == "da" else None
+            method.update(images(seed=step).double(), torch.arange(6), target)
+        method.recalibrate([images(seed=20).double(), images(seed=21).double()])
+        logits = method.predict(images(seed=30).double())
+        results.append([*method.model.state_dict().values(), logits])
+    assert not torch.equal(results[0][0], net().double()[0].weight)  # they did move
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if a.dtype == torch.float32 else 1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("at_eval", ["off", "binarize"])
 def test_own_hooks_at_test_time(at_eval):
     model = net()
     with methods.attach(
