@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?= --target sketch --mode da --layers 4
 
-.PHONY: run test parity test-cpu-only-torch bench gpu lint clean
+.PHONY: run test parity test-cpu-only-torch bench profile gpu lint clean
 
 # The main job, with its default layers. Other arguments: make run ARGS="--target photo --mode random --layers 1 --p-zero 0.7"
 run: $(VENV)/installed
@@ -29,6 +29,11 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-json=.benchmarks/last.json --benchmark-columns=median
 	$(BIN)/python benchmarks/table.py .benchmarks/last.json --save .benchmarks/last.csv
 	$(BIN)/python benchmarks/roofline.py .benchmarks/last.json --save .benchmarks/roofline.png
+
+# Where the time and the memory of a training step go, unshaped and shaped in each way. With valgrind,
+# python benchmarks/instructions.py counts what one call costs, in minutes and whatever else the machine does.
+profile: $(VENV)/installed
+	$(BIN)/python benchmarks/profile_step.py --save .benchmarks/profile.csv
 
 # On a machine with a GPU: its tests, compute-sanitizer and timings, in ten minutes, to benchmarks/results/DEVICE.json. With
 # PYTHON as it is, which has torch: nothing is fetched. python benchmarks/gpu.py --help says what can be chosen.

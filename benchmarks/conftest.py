@@ -14,7 +14,7 @@ def against(benchmark):
     neighbours, above 1 where ours is faster), and ``bytes``, what the byte model says one call must move.
     """
 
-    def run(ours, theirs, moved_bytes: int, rounds: int = 7) -> None:
+    def run(ours, theirs, moved_bytes: int, rounds: int = 7, warmup_rounds: int = 2) -> None:
         our_seconds = []
 
         def time_ours():
@@ -22,7 +22,7 @@ def against(benchmark):
             ours()
             our_seconds.append(time.perf_counter() - start)
 
-        benchmark.pedantic(theirs, setup=time_ours, rounds=rounds, warmup_rounds=2)
+        benchmark.pedantic(theirs, setup=time_ours, rounds=rounds, warmup_rounds=warmup_rounds)
         our_seconds = our_seconds[-rounds:]  # without the warm-up's
         their_seconds = benchmark.stats.stats.data
         ratios = [b / a for a, b in zip(our_seconds, their_seconds, strict=True)]

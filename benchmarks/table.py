@@ -26,6 +26,7 @@ COLUMNS = (
     "MB_moved",
     "fastshape_MB",
     "contender_MB",
+    "fastshape_images_per_s",
 )
 
 
@@ -33,7 +34,8 @@ def rows_of(report: dict) -> list[dict]:
     """One row a benchmark, in the order they ran. Times in milliseconds, 1 GB = 1e9 bytes.
 
     Roofs, which have no contender, have their own time under ``contender_ms`` and their rate under
-    ``fastshape_GB_per_s``. Rows of memory have bytes instead of times.
+    ``fastshape_GB_per_s``. Rows of memory have bytes instead of times. Images a second are those of the first time
+    that a row has: fastshape's, or its own.
     """
     rows = []
     for entry in report["benchmarks"]:
@@ -54,29 +56,40 @@ def rows_of(report: dict) -> list[dict]:
             seconds = info["ours_ms"] / 1e3 if "ours_ms" in info else entry["stats"]["median"]
             row["fastshape_GB_per_s"] = f"{moved / seconds / 1e9:.1f}"
             row["MB_moved"] = f"{moved / 1e6:.0f}"
+        if images := info.get("images_per_second"):
+            row["fastshape_images_per_s"] = f"{images:.3g}"
         rows.append(row)
     return rows
 
 
-def facts(report: dict) -> dict:
+def facts(processor: str, date: str, device: str = "cpu") -> dict:
     """What the figures hold for."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
-        "processor": report["machine_info"].get("cpu", {}).get("brand_raw", platform.machine()),
+        "processor": processor,
         "threads": torch.get_num_threads(),
-        "backend": fastshape.backend_info()["cpu"],
+        "backend": fastshape.backend_info()[device],
         "torch": torch.__version__,
         "commit": git.stdout.strip() or "unknown",
-        "date": report["datetime"][:10],
+        "date": date,
     }
+
+
+def show(rows: list[dict], about: dict) -> None:
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(row.values()) + " |")
 
 
 def save(path: Path, rows: list[dict], about: dict) -> None:
     """Write the CSV, its facts as comment lines first; the file is replaced as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, newline="") as file:
         for name, value in about.items():
             file.write(f"# {name}: {value}\n")
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     os.chmod(file.name, 0o644)
@@ -89,12 +102,9 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="CSV to write")
     arguments = parser.parse_args()
     report = json.loads(arguments.report.read_text())
-    rows, about = rows_of(report), facts(report)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print("| " + " | ".join(COLUMNS) + " |")
-    print("|" + "---|" * len(COLUMNS))
-    for row in rows:
-        print("| " + " | ".join(str(row[column]) for column in COLUMNS) + " |")
+    processor = report["machine_info"].get("cpu", {}).get("brand_raw", platform.machine())
+    rows, about = rows_of(report), facts(processor, report["datetime"][:10])
+    show(rows, about)
     if arguments.save:
         save(arguments.save, rows, about)
 

@@ -52,10 +52,11 @@ CONTENDERS = {
 class Step:
     """One update of `model` on a batch of its own; `record`, if any, sees the target images first."""
 
-    def __init__(self, model: nn.Module, record=None):
-        generator = torch.Generator().manual_seed(0)
-        self.images, self.target = torch.randn(2, BATCH, 3, SIDE, SIDE, generator=generator)
-        self.labels = torch.randint(7, (BATCH,), generator=generator)
+    def __init__(self, model: nn.Module, record=None, batch: int = BATCH, side: int = SIDE):
+        device = next(model.parameters()).device
+        seeded = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+        self.images, self.target = torch.randn(2, batch, 3, side, side, **seeded)
+        self.labels = torch.randint(7, (batch,), **seeded)
         self.model, self.record = model, record
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
@@ -74,10 +75,10 @@ def test_random_step(against, layers, contender):
     against(ours, Step(CONTENDERS[contender](LAYERS[layers])), moved_bytes=0, rounds=ROUNDS)
 
 
-def target_step() -> Step:
+def target_step(**size) -> Step:
     model = network()
     attachment = fastshape.attach(model, [4], mode="target", method="replace")
-    return Step(model, attachment.record)
+    return Step(model, attachment.record, **size)
 
 
 def published_target_step() -> Step:

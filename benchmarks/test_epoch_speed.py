@@ -1,0 +1,52 @@
+"""Images a second of the experiments' own training loop, shaped and not, and of its input pipelines alone.
+
+On the toy's drawn images, resized to the side of the step benchmarks: what is computed does not depend on what they show.
+"""
+
+import pytest
+import run
+from config import resolve
+from screen import Screen
+from test_step_speed import BATCH, SIDE
+from train import train_epoch
+
+PER_CLASS = 8  # images of each of the seven classes
+MODES = {
+    "baseline": {},  # against itself: what a ratio is worth here
+    "random": {"layers": [1, 4], "p_zero": 0.5},
+    "da": {"layers": 4},
+}
+
+
+def experiment(mode: str, pipeline: str = "reference"):
+    said = {"data": "toy", "limit": PER_CLASS, "holdout": 0, "epochs": 1, "device": "cpu"}
+    said |= {"image_size": SIDE, "batch_size": BATCH, "mode": mode, "pipeline": pipeline}
+    config, _ = resolve(said | MODES[mode])
+    return run.build(config), config
+
+
+def epoch(mode: str):
+    """A call that trains an epoch, and its images."""
+    built, config = experiment(mode)
+    screen, n = Screen(), len(built.images.source_indices)
+    return lambda: train_epoch(built.method, built.images, config, 1, screen), n
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_epoch(against, benchmark, mode):
+    ours, n = epoch(mode)
+    against(ours, epoch("baseline")[0], moved_bytes=0, rounds=5, warmup_rounds=1)
+    benchmark.extra_info["images_per_second"] = 1e3 * n / benchmark.extra_info["ours_ms"]
+
+
+@pytest.mark.parametrize("pipeline", ("reference", "device"))
+def test_pipeline(benchmark, pipeline):
+    """The batches of an epoch, augmented and normalized, without a network."""
+    built, config = experiment("baseline", pipeline)
+
+    def batches():
+        return sum(len(images) for images, _, _ in built.images.epoch(config, 1, False))
+
+    n = benchmark.pedantic(batches, rounds=5, warmup_rounds=1)
+    assert n == len(built.images.source_indices)
+    benchmark.extra_info["images_per_second"] = n / benchmark.stats.stats.median
