@@ -309,7 +309,9 @@ class Config:
         "optimizer steps in all, in place of --epochs: equal training at any batch size; the last "
         "epoch may be cut short",
     )
-    batch_size: int = switch(128, whole(1), "source images per update")
+    batch_size: int = switch(
+        128, whole(1), "source images per update, those of all processes under torchrun"
+    )
     accumulate: int = switch(
         1,
         whole(1),

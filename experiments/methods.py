@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import distributed
 import torch
 from config import Config, ConfigError
 from model import DomainHead, ReverseGradient
@@ -31,9 +32,9 @@ class ShapingError(RuntimeError):
 class Step(NamedTuple):
     """What one update saw. The 0-d tensors are on the training device: reading them waits."""
 
-    loss_sum: Tensor  # float64, sum of the images' losses
-    correct: Tensor  # int64, images classified right while training
-    images: int
+    loss_sum: Tensor  # float64, sum of the losses of this process's images
+    correct: Tensor  # int64, those of them classified right while training
+    images: int  # of all processes
 
 
 class Method:
@@ -50,6 +51,7 @@ class Method:
         bn_moved: 0-d bool on the device: did a pass over other images than the source's move
             BatchNorm's running statistics in training? None: there was no such pass since it was
             last set to None.
+        share: this process's share of the images in the last training pass.
     """
 
     uses_target = False
@@ -62,6 +64,8 @@ class Method:
         self.passes = 0
         self.progress = 0.0
         self.bn_moved: Tensor | None = None
+        self.share = 1.0
+        distributed.share_statistics(model)
         self.optimizer = torch.optim.SGD(
             self.parameters(),
             lr=config.lr,
@@ -87,40 +91,62 @@ class Method:
         logits = self.model(images)
         return F.cross_entropy(logits, labels), logits
 
-    def update(self, images: Tensor, labels: Tensor, target_images: Tensor | None = None) -> Step:
-        """One optimizer step on n source images.
+    def update(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        target_images: Tensor | None = None,
+        whole: int | None = None,
+    ) -> Step:
+        """One optimizer step on n source images, or on this process's part of the batch.
 
         Args:
             images: float32 (n, 3, S, S), normalized.
             labels: int64 (n,).
             target_images: float32 (n, 3, S, S), for a method that `uses_target`; else None. With
                 k `mask_sources`: (n, k, 3, S, S).
+            whole: images in the batch of all processes, of which these are `distributed.parts`;
+                None: n.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        size = -(-len(images) // self.config.accumulate)
-        for part in range(0, len(images), size):
-            x, y = images[part : part + size], labels[part : part + size]
-            t = None if target_images is None else target_images[part : part + size]
+        whole, taken = whole or len(images), 0
+        for part in distributed.parts(whole, self.config.accumulate):
+            mine = slice(taken, taken + part.count)
+            taken = mine.stop
+            x, y = images[mine], labels[mine]
+            t = None if target_images is None else target_images[mine]
+            self.place(part.start, part.whole)
             with self.autocast():
                 loss, logits = self.loss(x, y, t)
             # each image counts alike, however unequal the parts
-            self.scaler.scale(loss * (len(x) / len(images))).backward()
+            self.scaler.scale(loss * (len(x) / whole)).backward()
             loss_sum += loss.detach() * len(x)
             correct += (logits.detach().argmax(1) == y).sum()
             self.passes += 1
+            self.share = part.count / part.whole
+        distributed.add_gradients(p for g in self.optimizer.param_groups for p in g["params"])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.config.updates is not None:
             self.schedule.step()
-        return Step(loss_sum, correct, len(images))
+        return Step(loss_sum, correct, whole)
+
+    def place(self, start: int, whole: int | None = None) -> None:
+        """Say where in a pass of `whole` images, of all processes, those that come next begin."""
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        """Logits, float32 (n, n_classes), in evaluation mode."""
+    def predict(self, images: Tensor, start: int = 0) -> Tensor:
+        """Logits, float32 (n, n_classes), in evaluation mode.
+
+        Args:
+            images: float32 (n, 3, S, S), normalized.
+            start: number of the first of them in the batch of all processes.
+        """
         self.model.eval()
+        self.place(start)
         with self.autocast():
             return self.model(images).float()
 
@@ -128,7 +154,8 @@ class Method:
     def recalibrate(self, batches: Iterable[Tensor]) -> None:
         """Measure BatchNorm's running statistics anew, as plain means over `batches`.
 
-        The model runs as in testing but for BatchNorm, which uses each batch's own statistics.
+        The model runs as in testing but for BatchNorm, which uses each batch's own statistics. Each
+        process runs through all the batches, whole: the figures of one process, and nothing to send.
 
         Args:
             batches: images, float32 (n, 3, S, S), normalized; n > 1.
@@ -136,11 +163,12 @@ class Method:
         norms = self.norms()
         momenta = [norm.momentum for norm in norms]
         self.model.eval()
+        self.place(0)
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative mean
             norm.train()
-        with self.autocast():
+        with self.autocast(), distributed.alone(self.model):
             for images in batches:
                 self.model(images.to(self.device, non_blocking=True))
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -173,7 +201,8 @@ class Method:
         return {}
 
     def close(self) -> None:
-        """Leave the model as it came: nothing attached."""
+        """Leave the model as it came: nothing attached, nothing shared with other processes."""
+        distributed.share_statistics(self.model, False)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -198,6 +227,12 @@ class RandomMaps(Method):
         super().__init__(model, config, device)
         self.attachment = attach(model, config)
         self.layer_names = tuple(self.attachment.names)
+        draws = config.mode == "random" and isinstance(self.attachment, fastshape.Attachment)
+        if draws and "fc" in self.layer_names and distributed.size() > 1:
+            raise ConfigError(
+                f"layers: 'fc' gives {model.fc.out_features} elements an image; random maps of "
+                f"{distributed.size()} processes need a multiple of 8, as every other layer gives"
+            )
 
     def fired(self) -> dict[str, int]:
         return {name: int(count) for name, count in self.attachment.fired.items()}
@@ -205,12 +240,20 @@ class RandomMaps(Method):
     def density(self) -> dict[str, float]:
         return self.attachment.density
 
+    def place(self, start: int, whole: int | None = None) -> None:
+        self.attachment.first_sample = start
+
     def close(self) -> None:
         self.attachment.remove()
+        super().close()
 
 
 class Dropout2d(RandomMaps):
     """Whole channels of the chosen layers are dropped while training."""
+
+    def place(self, start: int, whole: int | None = None) -> None:
+        super().place(start)
+        self.attachment.samples = whole
 
 
 class TargetMaps(RandomMaps):
@@ -260,6 +303,7 @@ class Dann(Method):
         self.body = nn.Sequential(*(m for name, m in model.named_children() if name != "fc"))
         self.classifier = model.fc
         self.head = DomainHead(model.fc.in_features, config.seed).to(device)
+        distributed.share_statistics(self.head)
         super().__init__(model, config, device)
 
     def parameters(self) -> list[Any]:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import distributed
 import torch
 import torchvision
 import toy
@@ -177,8 +178,8 @@ def figures(confusion: Tensor, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def versions(device: str) -> dict[str, str | None]:
-    """What computed a run on `device`, for its record."""
+def versions(device: str) -> dict[str, str | int | None]:
+    """What computed a run on `device`, or after a resume the last part of it, for its record."""
     backends = fastshape.backend_info()
     return {
         "fastshape": fastshape.__version__,
@@ -187,6 +188,7 @@ def versions(device: str) -> dict[str, str | None]:
         "python": platform.python_version(),
         "backend": backends[torch.device(device).type],
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "processes": distributed.size(),
         "commit": commit(),
     }
 

@@ -2,6 +2,10 @@
 
     python experiments/run.py --target sketch --mode da --layers 4
 
+The same on two GPUs, or with --device cpu on two processors, with the numbers of one:
+
+    torchrun --nproc-per-node 2 experiments/run.py --target sketch --mode da --layers 4
+
 Each run leaves a folder: config.yaml (run it again with --config), metrics.jsonl (a line per
 epoch), summary.json, checkpoint.pt, curves.png and, for a shaped run, maps.png.
 """
@@ -9,6 +13,8 @@ epoch), summary.json, checkpoint.pt, curves.png and, for a shaped run, maps.png.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -16,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import distributed
 import pictures
 import record
 import torch
@@ -23,6 +30,7 @@ from config import MEMORY_FORMATS, SWITCHES, WHERE, Config, ConfigError, Rule, r
 from data import CLASSES, DataError, Domain, load_domain, split_holdout
 from methods import METHODS, Method, ShapingError
 from model import Weights, WeightsError, build_model
+from rich.console import Console
 from screen import Screen
 from train import Evaluation, TrainingError, TrainingImages, check_same, train
 
@@ -149,7 +157,9 @@ def build(config: Config) -> Experiment:
 
 def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Path:
     """One run, from its switches to its finished folder, which is returned."""
-    folder = open_folder(config, resume, screen)
+    with distributed.together():
+        folder = open_folder(config, resume, screen)
+        distributed.take_device(config.device)
     config = replace(config, out=str(folder))
     finished = folder / "summary.json"
     if resume and finished.is_file():
@@ -160,7 +170,11 @@ def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Pa
             screen.say(line)
         return folder
 
-    experiment = build(config)
+    # one process of a machine before the others, which then find the images decoded
+    with distributed.together():
+        experiment = build(config) if distributed.first_here() else None
+    with distributed.together():
+        experiment = experiment or build(config)
     method = experiment.method
     warnings = list(dict.fromkeys(warnings + experiment.weights.warnings))
     for warning in warnings:
@@ -171,16 +185,22 @@ def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Pa
         f"{config.target} ({len(experiment.target.images)}), {epochs} epochs ({updates} updates) on "
         f"{config.device}, shaped layers: {', '.join(method.layer_names) or 'none'}"
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise record.RecordError(f"cannot make folder {folder}: {error.strerror}") from error
     saved = folder / "config.yaml"
-    if not saved.exists():
-        record.write_yaml(saved, config.as_dict() | {"warnings": warnings})
+    with distributed.together():
+        if distributed.rank() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise record.RecordError(
+                    f"cannot make folder {folder}: {error.strerror}"
+                ) from error
+            if not saved.exists():
+                record.write_yaml(saved, config.as_dict() | {"warnings": warnings})
 
     rows = train(method, experiment.images, experiment.evaluate, config, folder, screen)
     method.close()
+    if distributed.rank() > 0:
+        return folder
     # as it was first written: a resumed run may have another device or folder
     switches = record.read_yaml(saved)
     summary = record.summarize(
@@ -208,23 +228,35 @@ def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Pa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input, 1 the run failed, 130 interrupted."""
-    screen = Screen()
+    first = distributed.rank() == 0
+    screen = Screen() if first else Screen(Console(quiet=True))
+    name = "run.py" if first else f"run.py (process {distributed.rank()})"
     try:
-        values, earlier, resume = said(sys.argv[1:] if arguments is None else arguments)
-        config, warnings = resolve(values)
+        with distributed.together():
+            with contextlib.ExitStack() as quiet:
+                if not first:  # argparse prints help and what is wrong by itself: once is enough
+                    quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                    quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+                values, earlier, resume = said(sys.argv[1:] if arguments is None else arguments)
+            config, warnings = resolve(values)
         warnings = list(dict.fromkeys(earlier + warnings))
         run(config, warnings, resume, screen)
     except (ConfigError, DataError, WeightsError) as error:
-        print(f"run.py: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except (record.RecordError, TrainingError, ShapingError) as error:
-        print(f"run.py: failed: {error}", file=sys.stderr)
+    except (record.RecordError, TrainingError, ShapingError, distributed.Lost) as error:
+        print(f"{name}: failed: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("run.py: interrupted; the same command with --resume continues", file=sys.stderr)
+        if first:
+            print("run.py: interrupted; the same command with --resume continues", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.join()
+    status = main()
+    if status == 0:  # after an error others may be waiting for this process
+        distributed.leave()
+    sys.exit(status)

@@ -1,6 +1,7 @@
 """Training on the source, testing on the target, and coming back after a kill.
 
-`train` is given the target's *images*; its labels stay with `Evaluation`, which only counts.
+`train` is given the target's *images*; its labels stay with `Evaluation`, which only counts. Of several
+processes (see `distributed`) each runs all of this on its part of every batch, and the first writes.
 
 All randomness of the data (order, pairs, augmentation) is a function of (seed, epoch), so a
 checkpoint need not hold it. The maps draw from torch's generator of the device, whose state a
@@ -18,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import distributed
 import numpy as np
 import record
 import torch
@@ -72,10 +74,20 @@ def epoch_order(
 Batches = DataLoader | DeviceBatches
 
 
-def batches(dataset: UnlabelledImages, order: np.ndarray, config: Config) -> Batches:
-    """`dataset` in `order`, config.batch_size images at a time; the last batch may be smaller."""
+def batches(
+    dataset: UnlabelledImages, order: np.ndarray, config: Config, passes: int | None = None
+) -> Batches:
+    """`dataset` in `order`, config.batch_size images at a time; the last batch may be smaller.
+
+    Args:
+        passes: how many passes share a batch: it is split over the processes, pass by pass. None:
+            each process has all of it.
+    """
     size = config.batch_size
     parts = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+    if passes is not None:
+        shares = [(batch, distributed.parts(len(batch), passes)) for batch in parts]
+        parts = [[i for part in mine for i in batch[part.images]] for batch, mine in shares]
     if config.pipeline == "device":
         return DeviceBatches(dataset, parts, config)
     return DataLoader(
@@ -116,7 +128,10 @@ class TrainingImages:
     unlabelled: Sequence[tuple[np.ndarray, Sequence[int]]] = ()
 
     def check_batches(self, config: Config) -> None:
-        """Refuse a batch on which BatchNorm has one value per channel. Raises ConfigError."""
+        """Refuse a batch on which BatchNorm has one value per channel, or a process no image.
+
+        Raises ConfigError.
+        """
         n = len(self.source_indices)
         last = n % config.batch_size or min(n, config.batch_size)
         sizes = {last, min(n, config.batch_size)}
@@ -128,9 +143,19 @@ class TrainingImages:
                 f"of {n} training images alone, and at image_size {config.image_size} BatchNorm "
                 "needs two; choose another batch_size, or an image_size above 32"
             )
+        least, processes = min(size % part or part for size, part in parts), distributed.size()
+        if least < processes:
+            raise ConfigError(
+                f"batch_size: {config.batch_size} with accumulate {config.accumulate} leaves {least} "
+                f"of {n} training images for one pass of {processes} processes; choose another "
+                "batch_size or fewer processes, so that each has an image"
+            )
 
     def epoch(self, config: Config, epoch: int, with_target: bool):
-        """Yields (images, labels, target images or None) for each update of an epoch."""
+        """Yields (images, labels, target images or None) for each update of an epoch.
+
+        Of each batch this process's `distributed.parts`.
+        """
         source = LabelledImages(
             self.source,
             self.source_indices,
@@ -138,7 +163,8 @@ class TrainingImages:
             seed=config.seed,
             epoch=epoch,
         )
-        loader = batches(source, epoch_order(config, epoch, len(source), 1)[0], config)
+        order = epoch_order(config, epoch, len(source), 1)[0]
+        loader = batches(source, order, config, config.accumulate)
         if not with_target:
             yield from ((images, labels, None) for images, labels in loader)
             return
@@ -158,7 +184,8 @@ class TrainingImages:
             epoch=epoch,
         )
         n = len(self.source_indices)
-        return batches(dataset, epoch_order(config, epoch, n, len(dataset), domain)[1], config)
+        order = epoch_order(config, epoch, n, len(dataset), domain)[1]
+        return batches(dataset, order, config, config.accumulate)
 
     def plain(self, config: Config) -> Batches:
         """The source's training images without labels, to measure BatchNorm on."""
@@ -184,28 +211,40 @@ class Evaluation:
         counts = {}
         for name, (domain, indices) in self.sets.items():
             images = LabelledImages(domain, indices, test_transform(self.config.image_size))
-            loader = batches(images, np.arange(len(images)), self.config)
+            # batch by batch, so that the maps of --at-eval on are drawn for the batches of one process
+            loader = batches(images, np.arange(len(images)), self.config, passes=1)
+            parts = [distributed.parts(n)[0] for n in record.batch_sizes(len(images), self.config)]
             adapted = nullcontext()
             if name == "target":  # its images alone: a method has no argument for labels
                 adapted = method.adapted(mixed_batches(domain.images, indices, self.config))
             with adapted, screen.progress(f"  testing on {domain.name}", len(images)) as advance:
-                counts[f"{name}_confusion"] = confusion(method, loader, advance).tolist()
+                counts[f"{name}_confusion"] = confusion(method, loader, parts, advance).tolist()
         return counts
 
 
-def confusion(method: Method, loader: Batches, advance: Callable[[int], None]) -> Tensor:
-    """int64 (n_classes, n_classes) counts of [true, predicted], over every image of `loader`.
+def confusion(
+    method: Method,
+    loader: Batches,
+    parts: Sequence[distributed.Part],
+    advance: Callable[[int], None],
+) -> Tensor:
+    """int64 (n_classes, n_classes) counts of [true, predicted], of all processes.
 
-    On the method's device: nothing here waits for it.
+    Every image counts once. On the method's device: nothing here waits for it.
+
+    Args:
+        loader: this process's images and labels, batch by batch.
+        parts: which part of each batch they are.
     """
     n = len(CLASSES)
     counts = torch.zeros(n * n, dtype=torch.int64, device=method.device)
-    for batch in loader:
+    for batch, part in zip(loader, parts, strict=True):
         images, labels = (t.to(method.device, non_blocking=True) for t in batch)
-        pairs = labels * n + method.predict(images).argmax(1)
-        counts.scatter_add_(0, pairs, torch.ones_like(pairs))
-        advance(len(labels))
-    return counts.view(n, n)
+        pairs = labels * n + method.predict(images, part.start).argmax(1)
+        if part.counts:
+            counts.scatter_add_(0, pairs, torch.ones_like(pairs))
+        advance(part.whole)
+    return distributed.summed(counts).view(n, n)
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -228,11 +267,13 @@ def train_epoch(
     fired_before, passes_before = method.fired(), method.passes
     lr = method.optimizer.param_groups[0]["lr"]
     start = time.perf_counter()
+    steps = islice(images.epoch(config, epoch, method.uses_target), total - before)
     with screen.progress(f"epoch {epoch}/{epochs}", n) as advance:
-        for batch in islice(images.epoch(config, epoch, method.uses_target), total - before):
+        for whole, batch in zip(record.batch_sizes(n, config), steps, strict=False):
             method.progress = (before + updates) / total
             step = method.update(
-                *(None if t is None else t.to(method.device, non_blocking=True) for t in batch)
+                *(None if t is None else t.to(method.device, non_blocking=True) for t in batch),
+                whole=whole,
             )
             # tensors are added, not read, so that a GPU is not waited for at each step
             loss_sum, correct = loss_sum + step.loss_sum, correct + step.correct
@@ -240,18 +281,23 @@ def train_epoch(
             advance(step.images)
     moved = correct.new_full((), -1) if method.bn_moved is None else method.bn_moved
     # the one time that the host waits for the device
-    loss_sum, correct, moved = torch.stack([loss_sum, correct.double(), moved.double()]).tolist()
+    sums = distributed.summed(torch.stack([loss_sum, correct.double(), moved.double()]))
+    loss_sum, correct, moved = sums.tolist()
     seconds = time.perf_counter() - start
     if config.updates is None:
         method.schedule.step()
-    if not math.isfinite(loss_sum):
-        raise TrainingError(
-            f"the training loss of epoch {epoch} is {loss_sum}; lower lr ({config.lr:g}), or set "
-            f"amp to off (it is {config.amp})"
-        )
     fired = {name: count - fired_before[name] for name, count in method.fired().items()}
     passes = method.passes - passes_before
-    check_fired(fired, passes)
+    with distributed.together():
+        if not math.isfinite(loss_sum):
+            raise TrainingError(
+                f"the training loss of epoch {epoch} is {loss_sum}; lower lr ({config.lr:g}), or set "
+                f"amp to off (it is {config.amp})"
+            )
+        check_fired(fired, passes)
+    density = method.density()  # of this process's part of the last pass
+    shares = torch.tensor([d * method.share for d in density.values()], dtype=torch.float64)
+    density = dict(zip(density, distributed.summed(shares).tolist(), strict=True))
     return {
         "train_loss": loss_sum / seen,
         "source_train_accuracy": record.percent(int(correct), seen),
@@ -263,7 +309,7 @@ def train_epoch(
         "updates": updates,
         "passes": passes,
         "fired": fired,
-        "density": method.density(),
+        "density": density,
         "bn_untouched": None if moved < 0 else not moved,
     }
 
@@ -281,13 +327,23 @@ def train(
     After each epoch comes `evaluate`, then a checkpoint, then metrics.jsonl (a line per epoch).
 
     Returns the epochs' rows. On a CPU they and the weights are the same bits however often the
-    run was interrupted, times excepted.
+    run was interrupted, times excepted. It may go on with another number of processes: then they
+    are the same but for rounding.
     """
     images.check_batches(config)
     path = folder / "checkpoint.pt"
     torch.manual_seed(config.seed)
-    rows = load_checkpoint(path, method, config) if path.exists() else []
-    record.write_json_lines(folder / "metrics.jsonl", rows)
+    with distributed.together():
+        rows = load_checkpoint(path, method, config) if path.exists() else []
+    done = distributed.summed(torch.tensor(len(rows)))
+    with distributed.together():
+        if done != len(rows) * distributed.size():
+            raise record.RecordError(
+                f"{path} is not the same file for all {distributed.size()} processes: they need one "
+                "file system"
+            )
+        if distributed.rank() == 0:
+            record.write_json_lines(folder / "metrics.jsonl", rows)
     epochs, _ = config.length(len(images.source_indices))
     for epoch in range(len(rows) + 1, epochs + 1):
         start = time.perf_counter()
@@ -297,8 +353,9 @@ def train(
         row |= scored(evaluate(method, screen))
         row["seconds"] = time.perf_counter() - start
         rows.append(row)
-        save_checkpoint(path, method, config, rows)
-        record.write_json_lines(folder / "metrics.jsonl", rows)
+        if distributed.rank() == 0:
+            save_checkpoint(path, method, config, rows)
+            record.write_json_lines(folder / "metrics.jsonl", rows)
         screen.say(epoch_line(row, epochs, config))
     return rows
 

@@ -26,12 +26,14 @@ class Hooks:
     Attributes:
         names: names of the chosen modules.
         fired: how often an output was changed, by name.
+        first_sample: number of the first sample in a batch of which this process has a part.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model = model
         self.names = tuple(names)
         self.fired = dict.fromkeys(names, 0)
+        self.first_sample = 0
         self.calls = dict.fromkeys(names, 0)  # in the forward under way
         self.handles = [model.register_forward_pre_hook(self.begin)]
         for name in names:
@@ -64,15 +66,24 @@ class Hooks:
 
 
 class ChannelDropout(Hooks):
-    """Dropout of whole channels while training: zero with probability `rate`, else x / (1 - rate)."""
+    """Dropout of whole channels while training: zero with probability `rate`, else x / (1 - rate).
+
+    Attributes:
+        samples: how many the batch has of which this process has a part; None: what comes is whole.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str], rate: float) -> None:
         super().__init__(model, names)
         self.rate = rate
+        self.samples: int | None = None
         self.density: dict[str, float] = {}
 
     def changed(self, name: str, x: Tensor, call: int) -> Tensor | None:
-        return F.dropout2d(x, self.rate) if self.model.training else None
+        if not self.model.training:
+            return None
+        # drawn for the whole batch: each process has its rows, and their generators stay alike
+        whole = x.new_ones(self.samples or len(x), *x.shape[1:2], *[1] * (x.dim() - 2))
+        return x * F.dropout2d(whole, self.rate).narrow(0, self.first_sample, len(x))
 
 
 class Maps(Hooks):
@@ -133,7 +144,8 @@ class Maps(Hooks):
             return None if off else fastshape.shape(x, gradient=config.gradient)
         if config.mode == "random":
             sides = {"element": 1, "channel": None, "block": config.block_size}
-            mask = random_blocks(x, self.p_zero[name], sides[config.mask_unit])
+            side = sides[config.mask_unit]
+            mask = random_blocks(x, self.p_zero[name], side, self.first_sample)
         else:
             mask = self.recorded[name][call]
         self.last[name] = mask
@@ -155,18 +167,20 @@ class Maps(Hooks):
         return {name: mask.density() for name, mask in masks.items()}
 
 
-def random_blocks(x: Tensor, p_zero: float, side: int | None) -> BitMask:
+def random_blocks(x: Tensor, p_zero: float, side: int | None, first: int = 0) -> BitMask:
     """A map of x's shape (n, C, ...) in which blocks of a (sample, channel) are 0 or 1 together.
 
     Args:
         p_zero: probability that a block is 0.
         side: of the square blocks, in elements; the first begins at the plane's first element and
             the last may be cut. None: the whole plane.
+        first: number of x's first sample in the batch for which the map is drawn.
     """
     sides = [side or size for size in x.shape[2:]]
     grid = [-(-size // s) for size, s in zip(x.shape[2:], sides, strict=True)]
     state = fastshape.rng_state(device=x.device)
-    mask = BitMask.random((*x.shape[:2], *grid), p_zero, rng_state=state).to_bool()
+    drawn = (first + len(x), x.shape[1], *grid)
+    mask = BitMask.random(drawn, p_zero, rng_state=state).to_bool()[first:]
     for dim, s in enumerate(sides, 2):
         mask = mask.repeat_interleave(s, dim).narrow(dim, 0, x.shape[dim])
     return BitMask.from_bool(mask)

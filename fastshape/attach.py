@@ -88,6 +88,9 @@ class Attachment:
         fired: how often shaping was applied, by name.
         method_of: ``"replace"`` or ``"hooks"``, by name: what was asked for, or what there can be instead.
         reasons: why there can be hooks alone where replacement was asked for, by name.
+        first_sample: number of the first sample that comes in a batch of which several processes have parts; to be
+            set before each forward, 0 at first. Where the processes' generators are in one state, their random
+            masks are then the parts of the mask that one process would draw for the whole batch.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Attachment:
         self.gradient = gradient
         self.at_eval = at_eval
         self.record_mode = record_mode
+        self.first_sample = 0
         self.fired = dict.fromkeys(names, 0)
         self.method_of = {name: "replace" if name in chains else "hooks" for name in names}
         self.reasons = reasons
@@ -259,6 +263,8 @@ class Attachment:
             binarize = True
         elif self.mode == "random":
             state = rng_state(device=x.device)
+            if self.first_sample:
+                _skip_samples(state, self.first_sample, name, x)
             p_zero = self.p_zero[name]
             self._last_mask[name] = (state, x.shape, p_zero)
         else:
@@ -305,6 +311,17 @@ class Attachment:
                 f"{recorded.shape[0]}"
             )
         return recorded.first(len(x)) if isinstance(recorded, BitMask) else recorded[: len(x)]
+
+
+def _skip_samples(state: Tensor, samples: int, name: str, x: Tensor) -> None:
+    """Move a fresh state on, in place, by the elements of so many samples before x, the outermost dimension in memory."""
+    elements = x.shape[1:].numel()
+    if samples * elements % 8:  # one offset draws for 8 elements
+        raise ValueError(
+            f"first_sample={samples}: {name!r} gives {elements} elements a sample, and their product must be a "
+            "multiple of 8"
+        )
+    state[1].add_(samples * elements // 8)  # no copy from the host, and it wraps at 2**64
 
 
 def _density(
@@ -361,7 +378,7 @@ def attach(
             part, is served by hooks too while it is called so.
 
     Returns:
-        An `Attachment`.
+        An `Attachment`. Where several processes share a batch, its `first_sample` makes their random masks parts of one.
 
     Raises:
         ValueError: an argument outside what is allowed; an unknown layer (those that exist are listed), one

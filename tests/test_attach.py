@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -630,3 +632,49 @@ def test_layers_of_a_wrong_type():
     for layers in (4.0, None):
         with pytest.raises(TypeError, match=f"layers={layers}: must be numbers, names"):
             attach(resnet18(), layers, mode="binarize")
+
+
+# ---- a part of a batch ----
+
+
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("starts", ((0, 1, 4), (0, 3)))
+def test_parts_of_a_batch_have_the_parts_of_its_mask(memory_format, starts):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 2, stride=2))
+    batch = torch.randn(7, 3, 5, 6).to(memory_format=memory_format)
+    with attach(model, "all", p_zero=[0.5, 0.3]) as attachment:
+        torch.manual_seed(3)
+        whole, density, after = model(batch), attachment.density, torch.get_rng_state()
+        outputs, ones = [], dict.fromkeys(density, 0.0)
+        for start, stop in zip(starts, (*starts[1:], 7), strict=True):
+            attachment.first_sample = start
+            torch.manual_seed(3)
+            outputs.append(model(batch[start:stop]))
+            assert torch.equal(torch.get_rng_state(), after)
+            for name, share in attachment.density.items():
+                ones[name] += share * (stop - start) / 7
+    assert torch.equal(torch.cat(outputs), whole)
+    assert ones == pytest.approx(density)
+
+
+def test_a_part_that_begins_within_a_draw_is_refused():
+    model = nn.Sequential(nn.Linear(5, 12))
+    with attach(model, "0", p_zero=0.5) as attachment:
+        attachment.first_sample = 2  # 24 elements: three draws
+        model(torch.randn(3, 5))
+        attachment.first_sample = 1
+        with pytest.raises(ValueError, match="first_sample=1: '0' gives 12 elements a sample"):
+            model(torch.randn(3, 5))
+
+
+def test_the_offset_of_a_part_wraps():
+    model = nn.Sequential(nn.Linear(5, 8))
+    batch = torch.randn(6, 5)
+    state = torch.tensor([7, 2**63 - 3])
+    draw = mock.patch.object(
+        sys.modules["fastshape.attach"], "rng_state", lambda device: state.clone()
+    )
+    with draw, attach(model, "0", p_zero=0.5) as attachment:
+        whole = model(batch)
+        attachment.first_sample = 4
+        assert torch.equal(model(batch[4:]), whole[4:])

@@ -13,6 +13,7 @@ import torch
 import train as training
 from config import Config, resolve
 from data import load_domain
+from distributed import parts
 from methods import METHODS, AdaBN, Dann, Dropout2d, Method, TargetMaps
 from model import DomainHead, ReverseGradient
 from screen import Screen
@@ -476,9 +477,9 @@ def test_progress_is_the_share_of_updates_done(monkeypatch, tmp_path):
     seen = []
     update = Method.update
 
-    def watched(self, *batch):
+    def watched(self, *batch, whole):
         seen.append(self.progress)
-        return update(self, *batch)
+        return update(self, *batch, whole=whole)
 
     monkeypatch.setattr(Method, "update", watched)
     train_arm(config_of(mode="dann"), tmp_path)  # 14 images, 8 at a time, 2 epochs
@@ -620,7 +621,7 @@ def test_updates_and_tests_read_nothing(arm):
         float(x.sum())
         assert reads.count == 1  # the counter works
         method.update(x, torch.arange(4), target if method.uses_target else None)
-        training.confusion(method, [(x, torch.arange(4))], lambda n: None)
+        training.confusion(method, [(x, torch.arange(4))], parts(4), lambda n: None)
         assert reads.count == 1
 
 

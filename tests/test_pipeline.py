@@ -253,7 +253,7 @@ def test_every_batch_of_a_run_is_the_references(mode, monkeypatch):
         monkeypatch.setattr(
             experiment.method,
             "predict",
-            lambda images, shown=shown: shown.append(images) or torch.zeros(len(images), 7),
+            lambda images, start, shown=shown: shown.append(images) or torch.zeros(len(images), 7),
         )
         seen[f"counts {pipeline}"] = experiment.evaluate(experiment.method, Screen())
         seen[pipeline].append(tuple(shown))
