@@ -363,7 +363,8 @@ def attach(model: nn.Module, config: Config) -> fastshape.Attachment | Maps | Ch
             gradient=config.gradient,
             at_eval=config.at_eval,
             record_mode=config.record_mode,
-            method="replace" if config.attach == "replace" else "hooks",
+            # the op has no form that shares BatchNorm's statistics
+            method="replace" if config.attach == "replace" and distributed.size() == 1 else "hooks",
         )
     except ValueError as error:  # its message names the argument, the value and what exists
         raise ConfigError(str(error)) from error

@@ -253,7 +253,10 @@ REFUSED = [
     ({"drop_rate": 0.5}, r"drop_rate: 0.5 is for mode dropout2d, not for mode baseline"),
     ({"mode": "da", "dann_weight": 1}, r"dann_weight: 1.0 is for mode dann"),
     ({"mode": "dann", "dann_lr_factor": 0}, r"dann_lr_factor: 0 is not allowed; .*above 0"),
-    ({"mode": "adabn", "bn_recalibration": True}, r"bn_recalibration: True is for modes baseline and random an"),
+    (
+        {"mode": "adabn", "bn_recalibration": True},
+        r"bn_recalibration: True is for modes baseline and random an",
+    ),
     ({"gradient": "zero"}, r"gradient: 'zero' is for modes random and da, not for mode baseline"),
     ({"epochs": 5, "updates": 5}, r"epochs: 5 and updates 5: one of them .*null for the other"),
     ({"epochs": None}, r"epochs: None and updates None: one of them"),
