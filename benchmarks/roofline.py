@@ -118,7 +118,12 @@ def main() -> None:
     parser.add_argument("report", type=Path, help="what pytest --benchmark-json wrote")
     parser.add_argument("--save", type=Path, required=True, help="PNG to write")
     arguments = parser.parse_args()
-    draw(json.loads(arguments.report.read_text()), arguments.save)
+    try:
+        draw(json.loads(arguments.report.read_text()), arguments.save)
+    except KeyError as error:
+        parser.error(
+            f"{arguments.report} lacks {error}: run benchmarks/test_roofs.py with the others"
+        )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,12 @@ def rows_of(report: dict) -> list[dict]:
 
 def facts(processor: str, date: str, device: str = "cpu") -> dict:
     """What the figures hold for."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
     return {
         "processor": processor,
         "threads": torch.get_num_threads(),

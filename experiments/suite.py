@@ -50,11 +50,12 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import published
 import record
 import torch
 import yaml
@@ -95,6 +96,8 @@ class Loader(yaml.SafeLoader):
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise SuiteError(f"line {line}: {key!r} is not allowed as a key")
             if key in lines:
                 raise SuiteError(f"{key!r} is there twice, in lines {lines[key]} and {line}")
             lines[key] = line
@@ -141,9 +144,20 @@ def check_keys(place: str, mapping: Any, known: Sequence[str], needed: Sequence[
         if not isinstance(values, list) or not values or len(set(map(repr, values))) < len(values):
             raise SuiteError(f"{place}: {key}: {values!r} is not allowed; allowed: a list of "
                              "different values")  # fmt: skip
+        kind = int if key == "seeds" else str
+        if odd := [value for value in values if type(value) is not kind]:
+            allowed = "whole numbers" if kind is int else "names of domains"
+            raise SuiteError(f"{place}: {key}: {odd[0]!r} is not allowed; allowed: {allowed}")
     for key in {"defaults", "tables", "profiles", "switches", "arms", "grid"} & set(mapping):
         if not isinstance(mapping[key], dict):
             raise SuiteError(f"{place}: {key}: {mapping[key]!r} is not allowed; allowed: a mapping")
+    labels = mapping.get("published") or []
+    if not isinstance(labels, list):
+        raise SuiteError(f"{place}: published: {labels!r} is not allowed; allowed: a list")
+    for label in labels:
+        if not any(published.is_called(row, str(label)) for row in published.rows()):
+            raise SuiteError(f"{place}: published: no row of {published.PATH.name} is called "
+                             f"{label!r}")  # fmt: skip
     for switch, values in mapping.get("grid", {}).items():
         if not isinstance(values, list) or not values:
             raise SuiteError(f"{place}: grid: {switch}: {values!r} is not allowed; allowed: a list")
@@ -235,6 +249,8 @@ def expand(suite: Mapping[str, Any], forced: Mapping[str, Any], device: str) -> 
     runs: dict[str, Run] = {}  # by name, also where another name stands for the same run
     names: dict[str, str] = {}  # by hash of the configuration
     tables, warnings = [], []
+    if not suite["tables"]:
+        raise SuiteError("tables: there is none")
     for table_name, table in suite["tables"].items():
         spans = [table.get(key, suite[key]) for key in SPANS]
         arms = []
@@ -611,11 +627,13 @@ def pool_of(args: argparse.Namespace, device: str | None) -> tuple[Local | Ray, 
             raise SuiteError("--jobs is for one machine; on a cluster Ray counts CPUs and GPUs")
         pool = Ray(args.ray_address, args.per_device or 1, {"cpu": False, "cuda": True}.get(device))
         return pool, pool.device, 1
-    kind = pick_device(device or "auto").type
+    # a dry run on a laptop tells how long a GPU would take
+    planned = args.dry_run and device == "cuda"
+    kind = "cuda" if planned else pick_device(device or "auto").type
     if kind == "cpu" and args.per_device:
         raise SuiteError("--per-device is for GPUs, and there is none in use; use --jobs")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = torch.cuda.device_count() if kind == "cuda" else 0
+    gpus = torch.cuda.device_count() or 1 if kind == "cuda" else 0
     places = slots(
         kind, jobs=args.jobs, per_device=args.per_device or 1, gpus=gpus, cores=cores or 1
     )
@@ -631,17 +649,27 @@ def check_files(plan: Plan) -> None:
             raise SuiteError(f"weights: no file {weights}")
 
 
+def by_cell(arm: Mapping[str, Any]) -> dict[tuple, str]:
+    """The runs of an arm by source, target and seed."""
+    return {(cell["source"], cell["target"], cell["seed"]): cell["run"] for cell in arm["runs"]}
+
+
 def chosen(plan: Plan, pattern: str | None) -> list[Run]:
-    """The runs that --only names."""
+    """The runs that --only names: those of a table with the baseline that it is compared with."""
     if pattern is None:
         return plan.runs
-    names = {
-        cell["run"]
-        for table in plan.tables
-        for arm in table["arms"]
-        for cell in arm["runs"]
-        if fnmatch.fnmatchcase(table["name"], pattern) or fnmatch.fnmatchcase(cell["run"], pattern)
-    }
+    of_arm: dict[str, dict[tuple, str]] = {}  # runs of each arm, by source, target and seed
+    for table in plan.tables:
+        for arm in table["arms"]:
+            of_arm.setdefault(arm["name"], {}).update(by_cell(arm))
+    names = set()
+    for table in plan.tables:
+        cells = [(cell, run) for arm in table["arms"] for cell, run in by_cell(arm).items()]
+        if fnmatch.fnmatchcase(table["name"], pattern):
+            baseline = of_arm.get(table["baseline"], {})
+            names |= {run for _, run in cells}
+            names |= {baseline[cell] for cell, _ in cells if cell in baseline}
+        names |= {run for _, run in cells if fnmatch.fnmatchcase(run, pattern)}
     if not names:
         raise SuiteError(f"--only: no run and no table matches {pattern!r}")
     return [run for run in plan.runs if run.name in names]

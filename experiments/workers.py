@@ -21,7 +21,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import record
+PARENT = "FASTSHAPE_PARENT"  # in the environment of a run: who started it
+
+if __name__ == "__main__" and sys.platform == "linux":  # first of all: what follows takes seconds
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get(PARENT) not in (None, str(os.getppid())):
+        sys.exit("who started this is gone")
+
+import record  # noqa: E402
 
 # The words of one run follow. Tests put a stand-in here.
 COMMAND = (sys.executable, str(Path(__file__).resolve()))
@@ -111,7 +119,7 @@ class Local:
             since = log.tell()
             process = subprocess.Popen(
                 [*COMMAND, *job.words, "--out", str(job.folder), "--resume"],
-                env=os.environ | place,
+                env=os.environ | place | {PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -156,6 +164,7 @@ def execute(command: Sequence[str], words: Sequence[str], log: str) -> tuple[int
         with open(folder / log, "wb") as output:
             process = subprocess.run(
                 [*command, *words, "--out", str(folder), "--resume"],
+                env=os.environ | {PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -250,9 +259,6 @@ class Ray:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     import run
 
     sys.exit(run.main())

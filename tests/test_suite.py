@@ -244,10 +244,12 @@ def test_controls_change_one_thing_each():
 def test_study_is_all_pairs_all_methods_five_seeds():
     plan = plan_of("study")
     found = cells(plan, "methods")
-    assert len(found) == 6 * 12 * 5 == len({cell["run"] for _, cell in found})
+    assert len(found) == 7 * 12 * 5 == len({cell["run"] for _, cell in found})
     modes = {c.mode for c in configs(plan, "methods").values()}
     assert modes == {"baseline", "random", "da", "adabn", "dropout2d", "dann"}
     assert len({(c["source"], c["target"]) for _, c in found}) == 12
+    again = configs(plan, "methods")["baseline-recal"]  # as the shaped arms are tested
+    assert again.mode == "baseline" and again.bn_recalibration
     tuned = configs(plan, "dann-tuned")["dann-tuned"]
     assert (tuned.mode, tuned.updates, tuned.dann_lr_factor) == ("dann", 5000, 10.0)
 
@@ -311,6 +313,16 @@ BAD = {
         r"table one, arm a: seed is not for an arm",
     ),
     "one seed twice": ({"seeds": [1, 1]}, r"seeds: \[1, 1\] is not allowed; allowed: a list of"),
+    "a seed that is no number": ({"seeds": [1, "1"]}, r"seeds: '1' is not allowed; allowed: whole"),
+    "no tables": ({"tables": {}}, r"tables: there is none"),
+    "a tag that is no list": (
+        {"tables": {"one": table(published="report-B report T3")}},
+        r"table one: published: 'report-B report T3' is not allowed; allowed: a list",
+    ),
+    "a tag of no published row": (
+        {"tables": {"one": table(published=["report-Z T3"])}},
+        r"table one: published: no row of published.csv is called 'report-Z T3'",
+    ),
     "seeds that are no list": ({"seeds": 3}, r"seeds: 3 is not allowed"),
     "no arms": ({"tables": {"one": table(arms={})}}, r"table one: has no runs"),
     "no pair": ({"targets": ["art_painting"]}, r"table one: has no runs"),
@@ -359,6 +371,9 @@ def test_a_key_given_twice_is_refused(tmp_path, capsys):
     path.write_text("title: a\ntables:\n  x: {}\n  y: {}\n  x: {}\n")
     assert suite.main([str(path)]) == 2
     assert "s.yaml: 'x' is there twice, in lines 3 and 5" in capsys.readouterr().err
+    path.write_text("? [a]\n: b\n")
+    assert suite.main([str(path)]) == 2
+    assert "s.yaml: line 1: ['a'] is not allowed as a key" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -492,6 +507,20 @@ def test_only_runs_what_it_names_and_the_index_has_all(stand):
     assert set(statuses(stand.out).values()) == {"done"}
 
 
+def test_a_table_is_run_with_the_baseline_of_another():
+    plan = plan_of("report-b")
+    (table,) = [t for t in plan.tables if t["name"] == "p-zero-conv1"]
+    assert table["baseline"] not in [arm["name"] for arm in table["arms"]]
+    modes = [run.config.mode for run in suite.chosen(plan, "p-zero-conv1")]
+    cells = sum(len(arm["runs"]) for arm in table["arms"])
+    assert (modes.count("random"), modes.count("baseline")) == (cells, cells // len(table["arms"]))
+
+
+def test_a_laptop_tells_how_long_a_gpu_would_take(capsys):
+    assert suite.main(["study", "--dry-run", "--set", "device=cuda"]) == 0
+    assert "450 runs, 0 done, 450 to do, 1 at a time on cuda" in capsys.readouterr().out
+
+
 def test_the_index_is_what_the_report_needs(stand):
     assert suite.main(stand.words) == 0
     index = json.loads((stand.out / "suite.json").read_text())
@@ -572,6 +601,13 @@ def test_a_lock_outlives_the_suite_while_its_run_writes(stand):
     assert suite.lock(stand.out, stand.names[0]) is None
     pool.active[0][1].wait()
     suite.lock(stand.out, stand.names[0]).close()
+
+
+def test_a_run_whose_suite_is_gone_already_does_not_begin():
+    done = subprocess.run(
+        workers.COMMAND, env=os.environ | {workers.PARENT: "1"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (1, "who started this is gone\n")
 
 
 def test_slots_divide_cores_and_take_gpus_in_turn(monkeypatch):
