@@ -62,8 +62,8 @@ def test_random_shaping(against, size, direction, contender):
 def test_random_shaping_in_place(against, size, contender):
     """Forward + backward on a convolution's output, which fastshape overwrites; the contenders cannot."""
     torch.manual_seed(0)
-    z, weight = torch.randn(SIZES[size]), torch.zeros((), requires_grad=True)
-    grad = torch.randn_like(z)
+    values, weight = torch.randn(SIZES[size]), torch.zeros((), requires_grad=True)
+    z, grad = torch.empty_like(values), torch.randn_like(values)
 
     def call(shaping):
         y = shaping(ConvolutionOutput.apply(weight, z.detach_()))
@@ -73,6 +73,7 @@ def test_random_shaping_in_place(against, size, contender):
         functools.partial(call, lambda x: fastshape.shape(x, p_zero=P_ZERO, inplace=True)),
         functools.partial(call, contender),
         moved_bytes=4 * z.element_size() * z.numel(),
+        prepare=lambda: z.detach_().copy_(values),
     )
 
 
