@@ -15,6 +15,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ import torch
 from data import OFFICIAL_COUNTS
 from study import (
     CONFOUNDS,
+    METHOD,
     Arm,
     Run,
     Study,
@@ -91,12 +93,16 @@ def audit(study: Study) -> Audit:
             remarks += [Remark(rule, name, what, True) for what in check(run)]
     arms = {(t.name, a.name): a for t in study.tables for a in t.arms if a.runs}
     for arm in arms.values():
-        remarks += [Remark("arms", arm.name, what, True) for what in uniform(arm)]
+        remarks += uniform(arm)
     pairs = [(table.name, *pair) for table in study.tables for pair in matchups(table)]
     for table, arm, reference in pairs:
         where = f"{table}: {arm.name} and {reference.name}"
-        for remark in comparable(arm.one, reference.one, study):
-            remarks.append(remark._replace(where=where))
+        both = [(arm.runs[key], reference.runs[key]) for key in arm.runs if key in reference.runs]
+        both = both or [(arm.one, reference.one)]  # the switches can be told already
+        told = Counter(remark for runs in both for remark in comparable(*runs, study))
+        for remark, n in told.items():
+            share = "" if n == len(both) else f" (in {n} of {len(both)} pairs of runs)"
+            remarks.append(remark._replace(where=where, what=remark.what + share))
     read = len(study.runs) + sum(problem.fails for problem in study.problems)
     checked = {"record": read} | dict.fromkeys(RUN_RULES, len(study.runs))
     checked |= {"arms": len(arms)}
@@ -197,17 +203,36 @@ RUN_RULES = {"k of n": k_of_n, "hooks": hooks, "labels": labels, "BatchNorm": ba
 # --- several runs -----------------------------------------------------------------------------
 
 
-def uniform(arm: Arm) -> Iterator[str]:
-    """Switches that are not the same in all runs of an arm."""
+def uniform(arm: Arm) -> Iterator[Remark]:
+    """What is not the same in all runs of an arm."""
     first, *others = arm.runs.values()
     names = [n for n in first.config if n not in ("source", "target", "seed", "device", "out")]
+    of_source = {run.config["source"]: run for run in reversed(arm.runs.values())}
     for run in others:
-        for different in differences(first, run, names):
-            yield f"{first.folder.name} and {run.folder.name}: {different}"
+        different = differences(first, run, names) + other_weights(first, run)
+        for what in different:
+            where = f"{first.folder.name} and {run.folder.name}"
+            yield Remark("arms", arm.name, f"{where}: {what}", True)
+        # epochs of another source are another number of updates
+        alike = of_source[run.config["source"]]
+        before, after = alike.summary["updates"], run.summary["updates"]
+        if before != after:
+            where = f"{alike.folder.name} and {run.folder.name}"
+            yield Remark("arms", arm.name, f"{where}: updates {before} -> {after}", True)
+    for name in sorted({name for run in arm.runs.values() for name in run.summary["versions"]}):
+        counts = Counter(shown(run.summary["versions"].get(name)) for run in arm.runs.values())
+        if len(counts) > 1:
+            what = ", ".join(f"{value} in {n}" for value, n in counts.items())
+            yield Remark("arms", arm.name, f"{name} {what} of {len(arm.runs)} runs", False)
+
+
+def other_weights(a: Run, b: Run) -> list[str]:
+    x, y = (run.summary["weights"]["sha256"] for run in (a, b))
+    return [f"weights sha256 {str(x)[:12]} -> {str(y)[:12]}"] if x != y else []
 
 
 def comparable(arm: Run, reference: Run, study: Study) -> Iterator[Remark]:
-    """What stands in the way of a comparison."""
+    """What stands in the way of a comparison of two runs."""
 
     def remark(rule: str, what: str, fails: bool) -> Remark:
         return Remark(rule, "", what, fails)
@@ -222,14 +247,16 @@ def comparable(arm: Run, reference: Run, study: Study) -> Iterator[Remark]:
     for name in CONFOUNDS:
         for what in differences(reference, arm, [name]):
             yield remark("confounds", what, not stated(name))
+    # a method where nothing else differs; beside another it has its own part in the difference
+    recalibrated = differences(reference, arm, ["bn_recalibration"])
+    if recalibrated and len(differences(reference, arm, METHOD)) > 1:
+        yield remark("confounds", recalibrated[0], False)
     before, after = reference.summary["updates"], arm.summary["updates"]
     if before != after and reference.config["source"] == arm.config["source"]:
         explained = stated("epochs") or stated("updates")
         yield remark("updates", f"updates {before} -> {after}", not explained)
-    a, b = (run.summary["weights"]["sha256"] for run in (reference, arm))
-    if a != b:
-        fails = not stated("weights")
-        yield remark("weights", f"weights sha256 {str(a)[:12]} -> {str(b)[:12]}", fails)
+    for what in other_weights(reference, arm):
+        yield remark("weights", what, not stated("weights"))
     a, b = (run.summary["versions"] for run in (reference, arm))
     for name in sorted({*a, *b}):
         if a.get(name) != b.get(name):
@@ -255,6 +282,7 @@ def lines(study: Study, result: Audit) -> list[str]:
     for problem in study.problems:
         if not problem.fails:
             text.append(f"set aside  {problem.kind}: {problem.name}: {problem.lines[0]}")
+    text += [f"set aside  {name}: {why}" for name, why in study.strays.items()]
     verdict = "passes" if result.passes else f"FAILS: {len(result.failures)} failures"
     text.append(f"{study.folder}: {len(study.runs)} records; the audit {verdict}")
     return text

@@ -137,7 +137,13 @@ def difference_text(line: Line) -> str:
         return comparison.verdict
     text = findings.signed(found.mean) if found.low is None else findings.with_interval(found)
     text += f"; {comparison.verdict}" if found.low is None else ""
-    return f"{text}; {comparison.gaps}" if comparison.gaps else text
+    text += f"; {comparison.gaps}" if comparison.gaps else ""
+    if set(comparison.pairs) == set(line.pairs):
+        return text
+    over = f"{len(comparison.pairs)} of {len(line.pairs)} pairs"
+    if len(comparison.pairs) == 1:
+        over = f" {ARROW} ".join(comparison.pairs[0])
+    return f"{text}; over {over}"
 
 
 def verdict_text(line: Line) -> str:
@@ -308,7 +314,9 @@ def sentences(
         "Comparisons": [c.sentence for c in compared],
         "Beside the published figures": beside,
         "Collapse": findings.collapsed(list(arms.values())),
-        "The choice of the epoch": findings.epoch_choice(list(study.runs.values())),
+        "The choice of the epoch": findings.epoch_choice(
+            [run for name, run in study.runs.items() if name not in study.strays]
+        ),
         "Testing on the training images": findings.mistake(list(arms.values())),
     }
 
@@ -379,8 +387,7 @@ def set_aside(study: Study) -> list[str]:
         found[name] = f"failed: {' / '.join(lines)}"
     for name in study.missing:
         found.setdefault(name, "missing")
-    for name in study.strays:
-        found[name] = "finished, but suite.json does not have it"
+    found |= study.strays
     return [f"{name}: {why}" for name, why in found.items()]
 
 
@@ -390,8 +397,8 @@ HOW_TO_READ = (
     "Minus baseline: the difference in percentage points, paired by seed and by source-target pair, "
     f"and half its {LEVEL:.0%} t interval over seeds. Only runs that both arms have enter; the others "
     "are counted as missing. A mean over pairs is taken within each seed first, over pairs that every "
-    "seed in it has; runs that would make seeds unlike are counted as left out. One seed has no "
-    "interval.",
+    "seed in it has; runs that would make seeds unlike are counted as left out, and a difference over "
+    "fewer pairs than its line says over which. One seed has no interval.",
     f"Verdict: higher or lower where Holm's p, over all comparisons of the suite, is below {ALPHA}. "
     "An interval without zero whose p is not below it is named so. Anything else is not "
     "distinguishable from zero. Lines of single pairs beside their mean have an interval and no verdict.",

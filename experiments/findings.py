@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from intervals import Estimate, estimate, holm, mean, prediction
 from published import Published
-from study import Arm, Key, Pair, Run, Study, departures, full_block, matchups, over_seeds
+from study import Arm, Key, Pair, Run, Study, departures, full_block, matchups, over_seeds, plain
 
 ALPHA = 0.05  # of the family of all comparisons
 FIGURE = "target_accuracy"  # the last epoch's
@@ -181,20 +181,23 @@ def ranked(found: Sequence[Comparison]) -> list[Comparison]:
 def against_published(arm: Arm, pair: Pair, published: Published) -> str | None:
     """A published figure beside what one more seed of ours would give.
 
-    None where that says nothing: we have no runs, or they depart from the protocol.
+    None where that says nothing: we have no runs, or they depart from the protocol in more than the
+    file that their weights are from, which is named.
     """
     runs = arm.of(pair)
-    if not runs or departures(runs[0]):
+    weights = plain("weights", runs[0].config["weights"]) if runs else "none"
+    if not runs or departures(runs[0], () if weights == "none" else ("weights",)):
         return None
     values = [run.summary[FIGURE] for run in runs]
-    text = f"{arm.name}, {pair[1]}: ours {mean(values):.1f} over {counted(len(values), 'seed')}, "
-    text += f"published {published.accuracy:.1f}"
+    text = f"{arm.name}, {pair[1]}: ours {mean(values):.1f} over {counted(len(values), 'seed')}"
+    text += "" if weights == "imagenet" else f" with weights {weights}"
+    text += f", published {published.accuracy:.1f}"
     if published.status != "valid":
         return f"{text}, which is no result ({published.status})"
     limits = prediction(values)
     if limits is None:
         return f"{text}; {ONE_SEED if len(values) == 1 else NO_SPREAD}"
-    low, high = limits
+    low, high = max(0.0, limits[0]), min(100.0, limits[1])  # of percent
     inside = low <= published.accuracy <= high
     return (
         f"{text}: {'inside' if inside else 'outside'} the {low:.1f} to {high:.1f} where one more "

@@ -124,6 +124,7 @@ def csv_row(report: Report, section: Section, line: Line) -> dict[str, Any]:
         "difference": found.mean if found else None,
         "difference_low": found.low if found else None,
         "difference_high": found.high if found else None,
+        "difference_pairs": " ".join(map("-".join, c.pairs)) if c else None,
         "difference_seeds": len(c.seeds) if c else None,
         "difference_missing": len(c.missing) if c else None,
         "difference_left_out": len(c.left_out) if c else None,

@@ -9,6 +9,7 @@ place is a gap.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -160,7 +161,7 @@ class Study:
     problems: Sequence[Problem]
     failed: Mapping[str, Sequence[str]]  # last lines of runs that failed, by folder name
     said: Mapping[str, Mapping[str, Any]] | None  # what suite.json says of each run's switches
-    strays: Sequence[str] = ()  # finished runs in no table
+    strays: Mapping[str, str] = field(default_factory=dict)  # finished, in no table -> why
     planned: Sequence[str] = field(default=())
 
     @property
@@ -180,9 +181,10 @@ def read_study(folder: Path) -> Study:
     if not path.exists():
         if not runs and not problems:
             raise StudyError(f"{folder} holds neither suite.json nor the record of a run")
-        tables = [grouped(list(runs.values()))] if runs else []
-        return Study(folder, folder.name, "Runs by their switches", None, None, tables, runs,
-                     problems, {}, None, (), list(runs))  # fmt: skip
+        table, strays = grouped(list(runs.values()))
+        return Study(folder, folder.name, "Runs by their switches", None, None,
+                     [table] if runs else [], runs, problems, {}, None, strays,
+                     [name for name in runs if name not in strays])  # fmt: skip
     try:
         index = record.read_json(path)
         if index["format"] != FORMAT:
@@ -200,7 +202,12 @@ def read_study(folder: Path) -> Study:
         raise StudyError(str(error)) from None
     except (LookupError, TypeError, AttributeError) as error:
         raise StudyError(f"{path} is not as suite.py writes it ({error!r})") from None
-    strays = [name for name in runs if name not in said]
+    placed = {name for table in tables for arm in table.arms for name in arm.planned.values()}
+    strays = {
+        name: f"finished, but {'no table of ' if name in said else ''}suite.json "
+        f"{'has' if name in said else 'does not have'} it"
+        for name in runs if name not in placed
+    }  # fmt: skip
     return Study(folder, *head, tables, runs, [*problems, *wrong], failed, said, strays, list(said))
 
 
@@ -252,8 +259,11 @@ def merged(arms: Sequence[Arm]) -> Arm:
     return Arm(arms[0].name, planned, {k: r for arm in arms for k, r in arm.runs.items()})
 
 
-def grouped(runs: Sequence[Run]) -> Table:
-    """One table of runs that no suite describes: an arm is what differs in the seed and domains."""
+def grouped(runs: Sequence[Run]) -> tuple[Table, dict[str, str]]:
+    """One table of runs that no suite describes: an arm is what differs in the seed and domains.
+
+    Also the runs that are not in it, with the reason: another has the same switches, domains and seed.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         switches = {n: plain(n, v) for n, v in run.config.items() if n not in ("source", "target",
@@ -264,15 +274,21 @@ def grouped(runs: Sequence[Run]) -> Table:
         if name not in ("source", "target", "seed", "mode", "preset", *WHERE)
         and len({json.dumps(plain(name, g[0].config[name])) for g in groups.values()}) > 1
     ]  # fmt: skip
-    arms = []
+    arms, strays = [], {}
     for group in groups.values():
+        one = {run.key: run for run in reversed(group)}  # the first of a name
+        strays |= {
+            run.folder.name: f"finished, but {one[run.key].folder.name} has its switches, domains and seed"
+            for run in group if one[run.key] is not run
+        }  # fmt: skip
+        group = [run for run in group if one[run.key] is run]
         config = group[0].config
         values = [f"{n} {shown(config[n])}" for n in varying if n in CONFOUNDS or given(config, n)]
         name = ", ".join([config["mode"], *values])
         arms.append(Arm(name, {r.key: r.folder.name for r in group}, {r.key: r for r in group}))
     baselines = [arm for arm in arms if arm.one.config["mode"] == "baseline"]
     return Table("runs", "All runs, by their switches", arms,
-                 baseline=baselines[0] if len(baselines) == 1 else None)  # fmt: skip
+                 baseline=baselines[0] if len(baselines) == 1 else None), strays  # fmt: skip
 
 
 def given(config: Mapping[str, Any], name: str) -> bool:
@@ -298,10 +314,11 @@ def differences(a: Run, b: Run, names: Iterable[str]) -> list[str]:
     return [f"{name} {shown(x)} -> {shown(y)}" for name, x, y in pairs if x != y]
 
 
-def departures(run: Run) -> list[str]:
+def departures(run: Run, but: Sequence[str] = ()) -> list[str]:
     """'name value (protocol: value)' where a run is not of the published protocol of its preset.
 
     Preset fastshape is of no published one: only the data and weights can be less than whole.
+    The switches `but` are not looked at.
     """
     try:
         protocol = preset_values(run.config["preset"], run.config["mode"])
@@ -313,7 +330,7 @@ def departures(run: Run) -> list[str]:
     for name in names:
         value, right = plain(name, run.config[name]), protocol.get(name)
         # of amp a preset says auto: float16 on a GPU and off without one is no departure
-        if name != "amp" and value != right:
+        if name not in ("amp", *but) and value != right:
             found.append(f"{name} {shown(value)} (protocol: {shown(right)})")
     return found
 
@@ -358,18 +375,32 @@ ALTERNATIVES = tuple(
 )  # fmt: skip
 
 
-def is_bn_only(arm: Arm) -> bool:
-    """Whether an arm runs target images through BatchNorm in train mode and shapes nothing."""
-    config = arm.one.config if arm.one else {}
-    return (
-        config.get("mode") == "da" and not config["apply_maps"] and config["record_mode"] == "train"
-    )
+# Of random maps without a zero these say nothing.
+OF_ZEROS = ("p_zero", "mask_unit", "block_size")
+
+
+def is_control(control: Run, run: Run) -> bool:
+    """Whether `control` does what comes along with the method of `run`, and not the method.
+
+    bn-only, which runs target images through BatchNorm in train mode and shapes nothing, is that of
+    target maps; a baseline with BatchNorm measured anew of what has it too; p0 = 0, which leaves the
+    binarization, of random maps on the same layers.
+    """
+    a, b = control.config, run.config
+    if a["mode"] == "baseline":
+        return a["bn_recalibration"] and b["bn_recalibration"] and b["mode"] != "baseline"
+    if a["mode"] == "da" == b["mode"]:
+        return not a["apply_maps"] and a["record_mode"] == "train" and b["apply_maps"]
+    if a["mode"] == "random" == b["mode"]:
+        same = all(a[name] == b[name] for name in METHOD if name not in OF_ZEROS)
+        return same and not any(a["p_zero"]) and any(b["p_zero"])
+    return False
 
 
 def matchups(table: Table) -> list[tuple[Arm, Arm]]:
     """(arm, reference) for each comparison of a table.
 
-    Every arm with the baseline; every arm that applies target maps with bn-only; and every two arms
+    Every arm with the baseline; every arm with its controls (see `is_control`); and every two arms
     that differ in one on/off or choice switch alone, the later with the earlier.
     """
     arms = [arm for arm in table.compared() if arm.one]
@@ -381,9 +412,7 @@ def matchups(table: Table) -> list[tuple[Arm, Arm]]:
             alone = len(different) == 1 and different[0] in ALTERNATIVES
             if alone or (table.baseline is not None and reference is arms[0] is table.baseline):
                 found.append((arm, reference))
-    for control in filter(is_bn_only, arms):
-        for arm in arms:
-            config = arm.one.config
-            if config["mode"] == "da" and config["apply_maps"] and (arm, control) not in found:
-                found.append((arm, control))
+    for control, arm in itertools.product(arms, repeat=2):
+        if is_control(control.one, arm.one) and (arm, control) not in found:
+            found.append((arm, control))
     return found

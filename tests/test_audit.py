@@ -195,8 +195,9 @@ def test_an_arm_whose_runs_differ(tmp_path):
                          "seed": 2})  # fmt: skip
     write_run(folder / "da-art_painting-cartoon-s2", config)
     result = audited(folder)
-    assert failed(result) == {"arms"}
+    assert failed(result) == {"arms", "confounds"}
     assert "momentum 0.9 -> 0.8" in result.failures[0].what
+    assert result.failures[-1].what == "momentum 0.9 -> 0.8 (in 1 of 6 pairs of runs)"
 
 
 def test_a_difference_that_no_arm_states(tmp_path):
@@ -237,6 +238,70 @@ def test_other_weights_and_other_versions(tmp_path):
     result = audited(folder)
     assert failed(result) == {"weights"}
     assert [r.what for r in result.remarks if r.rule == "code"][0].endswith("-> 9.9")
+
+
+def other_machine(config, rows, summary):
+    summary["weights"]["sha256"] = "cd" * 32
+    summary["versions"] |= {"commit": "c0ffee", "device": "another"}
+
+
+def test_other_weights_of_one_run_alone(tmp_path):
+    """The first runs of both arms are alike."""
+    folder = write_suite(tmp_path / "small")
+    seal_again(folder / "da-art_painting-sketch-s1", other_machine)
+    result = audited(folder)
+    assert failed(result) == {"arms", "weights"}
+    what = {(r.rule, r.where): r.what for r in result.failures}
+    assert what["weights", "shaping: da and baseline"] == (
+        f"weights sha256 {'ab' * 6} -> {'cd' * 6} (in 1 of 6 pairs of runs)"
+    )
+    assert what["arms", "da"] == (
+        "da-art_painting-cartoon-s0 and da-art_painting-sketch-s1: "
+        f"weights sha256 {'ab' * 6} -> {'cd' * 6}"
+    )
+    notes = {(r.rule, r.what) for r in result.remarks if not r.fails}
+    assert ("code", "device cpu -> another (in 1 of 6 pairs of runs)") in notes
+    assert ("arms", "device cpu in 5, another in 1 of 6 runs") in notes
+
+
+def test_one_seed_of_every_arm_with_other_weights(tmp_path, capsys):
+    """Each pair of runs may be compared, but a mean over the seeds is of nothing."""
+    folder = write_suite(tmp_path / "small")
+    for run in folder.glob("*-s1"):
+        seal_again(run, other_machine)
+    result = audited(folder)
+    assert failed(result) == {"arms"}
+    assert {r.where for r in result.failures} == {"baseline", "random", "da"}
+    assert audit.main([str(folder)]) == 1
+    assert "note: random: device cpu in 4, another in 2 of 6 runs" in capsys.readouterr().out
+
+
+def test_updates_are_the_same_within_an_arm_for_one_source(tmp_path):
+    """By epochs, a source of more images has more updates."""
+    text = SMALL.replace("sources: [art_painting]", "sources: [art_painting, photo]")
+    study = read_study(write_suite(tmp_path / "small", text))
+    assert len({r.summary["updates"] for r in study.runs.values()}) == 2
+    assert audit.audit(study).passes
+    arm = next(arm for arm in study.tables[0].arms if arm.name == "da")
+    key = ("photo", "sketch", 2)
+    fewer = replace(arm.runs[key], summary=dict(arm.runs[key].summary, updates=7))
+    found = list(audit.uniform(replace(arm, runs={**arm.runs, key: fewer})))
+    assert [(r.fails, r.what) for r in found] == [
+        (True, "da-photo-cartoon-s0 and da-photo-sketch-s2: updates 42 -> 7")
+    ]
+
+
+def test_a_recalibrated_arm_is_confounded_with_a_plain_baseline(tmp_path):
+    """Preset fastshape measures BatchNorm anew for the shaped arms: no fault, but to be known."""
+    text = changed("defaults", preset="fastshape")
+    content = yaml.safe_load(text)
+    content["tables"]["shaping"]["arms"]["recal"] = {"mode": "baseline", "bn_recalibration": True}
+    result = audited(write_suite(tmp_path / "small", yaml.safe_dump(content)))
+    assert result.passes
+    assert {(r.where, r.what) for r in result.remarks} == {
+        (f"shaping: {arm} and baseline", "bn_recalibration False -> True")
+        for arm in ("random", "da")
+    }
 
 
 def test_without_a_suite_every_difference_is_named(tmp_path):

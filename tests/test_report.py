@@ -165,6 +165,32 @@ def test_a_missing_seed_is_missing(tmp_path):
     assert contents.progress(built.study) == "17 of 18 runs done, 1 missing"
 
 
+def test_a_mean_difference_over_other_pairs_names_them(tmp_path):
+    """Its line is of both targets, and the figures beside it are means over both."""
+    gone = [f"da-art_painting-cartoon-s{seed}" for seed in (1, 2)]
+    folder = write_suite(tmp_path / "gap", EXACT, exact, without=gone)
+    built = contents.build(read_study(folder))
+    assert cell(built, "baseline", None, "Last epoch") == "45.0 ± 0.0"
+    assert cell(built, "da", None, "Minus baseline") == (
+        "+0.0 ± 5.0; 2 missing, 1 left out; over art_painting → sketch"
+    )
+    assert cell(built, "da", "sketch", "Minus baseline") == "+0.0 ± 5.0"
+    assert cell(built, "random", None, "Minus baseline") == "+4.7 ± 2.9"
+    assert report.main([str(folder)]) == 0
+    assert r"left out; over art\_painting $\to$ sketch" in (folder / "report.tex").read_text()
+    rows = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
+    pairs = {row["arm"]: row["difference_pairs"] for row in rows if row["target"] == "mean"}
+    both = "art_painting-cartoon art_painting-sketch"
+    assert pairs == {"baseline": "", "random": both, "da": "art_painting-sketch"}
+
+
+def test_a_mean_difference_over_some_of_several_pairs(tmp_path):
+    text = EXACT.replace("[cartoon, sketch]", "[cartoon, photo, sketch]")
+    gone = [f"da-art_painting-cartoon-s{seed}" for seed in range(3)]
+    built = contents.build(read_study(write_suite(tmp_path / "gap", text, exact, without=gone)))
+    assert cell(built, "da", None, "Minus baseline").endswith("; 3 missing; over 2 of 3 pairs")
+
+
 def test_an_arm_without_runs(tmp_path):
     gone = [f"da-art_painting-{t}-s{s}" for t in ("cartoon", "sketch") for s in range(3)]
     built = contents.build(read_study(write_suite(tmp_path / "gap", EXACT, exact, without=gone)))
@@ -201,7 +227,11 @@ def test_broken_records_are_named_and_nothing_else_is_lost(tmp_path, capsys):
     half = folder / "random-art_painting-cartoon-s0" / "metrics.jsonl"
     half.write_text(half.read_text()[:-30])
     old = folder / "random-art_painting-cartoon-s1" / "summary.json"
-    old.write_text(old.read_text().replace('"record_version": 1', '"record_version": 77'))
+    old.write_text(
+        old.read_text().replace(
+            f'"record_version": {record.RECORD_VERSION}', '"record_version": 77'
+        )
+    )
     failure = {"status": 1, "lines": ["run.py: failed: <no room>"]}
     record.write_json(folder / "da-art_painting-cartoon-s2" / "failure.json", failure)
     (folder / "da-art_painting-cartoon-s2" / "summary.json").unlink()
@@ -253,6 +283,44 @@ def test_an_edited_record_withholds_the_findings(tmp_path, capsys):
     assert cell(built, "da", "sketch", "Last epoch") == "50.0 ± 2.0"  # nothing else lost
 
 
+def copied(run, to):
+    to.mkdir()
+    for name in ("config.yaml", "metrics.jsonl", "summary.json"):
+        (to / name).write_bytes((run / name).read_bytes())
+
+
+def test_a_copied_record_without_suite_json_is_named(tmp_path, capsys):
+    folder = write_suite(tmp_path / "small", EXACT, exact)
+    (folder / "suite.json").unlink()
+    run = folder / "random-art_painting-cartoon-s0"
+    copied(run, folder / "random-art_painting-cartoon-s0-copy")
+    study = read_study(folder)
+    (aside,) = contents.set_aside(study)
+    assert aside == (
+        f"{run.name}-copy: finished, but {run.name} has its switches, domains and seed"
+    )
+    assert contents.progress(study) == "18 of 18 runs done"
+    arm = next(arm for arm in study.tables[0].arms if arm.one.config["mode"] == "random")
+    assert arm.runs["art_painting", "cartoon", 0].folder == run
+    assert len(arm.runs) == len(arm.planned) == 6
+    told = contents.build(study).findings["The choice of the epoch"]
+    assert told and all("average of 18 runs" in text for text in told)
+    assert contents.audit.main([str(folder)]) == 0
+    assert f"set aside  {aside}" in capsys.readouterr().out
+
+
+def test_a_run_taken_out_of_its_table_is_named(tmp_path):
+    folder = write_suite(tmp_path / "small", EXACT, exact)
+    name = "da-art_painting-sketch-s1"
+    index = record.read_json(folder / "suite.json")
+    for arm in index["tables"][0]["arms"]:
+        arm["runs"] = [cell for cell in arm["runs"] if cell["run"] != name]
+    record.write_json(folder / "suite.json", index)
+    assert contents.set_aside(read_study(folder)) == [
+        f"{name}: finished, but no table of suite.json has it"
+    ]
+
+
 # --- what is compared -------------------------------------------------------------------------
 
 CONTROLS = """
@@ -302,6 +370,56 @@ def test_which_arms_are_compared(tmp_path):
     names = [c.name for c in found]
     assert len(names) == len(set(names)) == 7  # da minus baseline, of two tables, counts once
     assert comparison(contents.build(study), "da minus baseline").verdict == NO_SPREAD
+
+
+AT_EQUAL_TERMS = """
+title: fair
+defaults: {preset: fastshape, data: PACS, epochs: 1, limit: 50}
+sources: [art_painting]
+targets: [cartoon]
+seeds: [0, 1]
+tables:
+  methods:
+    title: methods
+    baseline: baseline
+    arms:
+      baseline: {mode: baseline}
+      random: {mode: random}
+      da: {mode: da}
+      adabn: {mode: adabn}
+      dropout2d: {mode: dropout2d}
+      baseline-recal: {mode: baseline, bn_recalibration: true}
+  binarize-only:
+    title: binarize-only
+    arms:
+      binarize-conv1: {mode: random, layers: 1, p_zero: 0}
+      random-conv1: {mode: random, layers: 1, p_zero: 0.7}
+      random-conv10-blocks: {mode: random, layers: 10, p_zero: 0.5, mask_unit: block, block_size: 3}
+      binarize-conv10: {mode: random, layers: 10, p_zero: 0}
+      random-conv10-zero: {mode: random, layers: 10, p_zero: 0.5, gradient: zero, epsilon: 0.1}
+profiles: {full: {}}
+"""
+
+
+def test_arms_are_compared_with_what_comes_along_with_their_method(tmp_path):
+    """BatchNorm measured anew without shaping; binarization without zeros, on the same layers."""
+    study = read_study(write_suite(tmp_path / "fair", AT_EQUAL_TERMS, lambda config, share: 40))
+    methods, binarize_only = (
+        {(arm.name, reference.name) for arm, reference in matchups(table)} for table in study.tables
+    )
+    shaped = ("random", "da", "dropout2d")  # adabn does not measure anew on the source
+    assert methods == {
+        *((name, "baseline") for name in (*shaped, "adabn", "baseline-recal")),
+        *((name, "baseline-recal") for name in shaped),
+    }
+    assert binarize_only == {
+        ("random-conv1", "binarize-conv1"), ("random-conv10-blocks", "binarize-conv10"),
+    }  # fmt: skip
+    built = contents.build(study)
+    assert built.audit.passes
+    assert comparison(built, "da minus baseline-recal").confounds == []
+    assert comparison(built, "da minus baseline").confounds == ["bn_recalibration False -> True"]
+    assert cell(built, "da", "cartoon", "Flags") == "confounded: bn_recalibration False -> True"
 
 
 def test_confounds_stand_in_the_sentence_and_the_table(tmp_path):
@@ -451,6 +569,36 @@ def test_a_published_figure_against_one_more_seed(tmp_path, centre, word):
     # each class is rounded to whole images, so a little off
     assert float(limits[1]) == pytest.approx(centre - 4.97, abs=0.3)
     assert float(limits[2]) == pytest.approx(centre + 4.97, abs=0.3)
+
+
+def test_weights_from_a_file_are_named_beside_a_published_figure(tmp_path):
+    text = FULL.replace("amp: float16", "amp: float16, weights: WEIGHTS")
+    folders = {
+        weights: write_suite(tmp_path / weights, text.replace("WEIGHTS", said),
+                             lambda config, share: 53.4 + config.seed)
+        for weights, said in (("v1.pth", "/somewhere/v1.pth"), ("none", "none"))
+    }  # fmt: skip
+    told = {
+        weights: contents.build(read_study(folder)).findings["Beside the published figures"]
+        for weights, folder in folders.items()
+    }
+    (line,) = told["v1.pth"]
+    assert re.match(
+        r"baseline, cartoon: ours 54\.\d over 3 seeds with weights v1\.pth, published 5\d\.\d: inside",
+        line,
+    )
+    assert told["none"] == [
+        "1 published figure in the tables not compared with ours: our runs depart from the protocol."
+    ]
+
+
+def test_where_one_more_seed_would_lie_is_percent(tmp_path):
+    text = FULL.replace("[cartoon]", "[photo]")
+    for name, accuracy, words in (("high", 95, r"the 87\.\d to 100\.0 where"),
+                                  ("low", 1, r"the 0\.0 to 1\d\.\d where")):  # fmt: skip
+        folder = write_suite(tmp_path / name, text, lambda c, share, a=accuracy: a + 2 * c.seed)
+        (line,) = contents.build(read_study(folder)).findings["Beside the published figures"]
+        assert re.search(words, line), line
 
 
 def test_runs_that_depart_from_the_protocol_are_not_compared(built):
