@@ -121,6 +121,7 @@ class Attachment:
         self.reasons = reasons
         self._recording = False
         self._recorded: dict[str, list[BitMask | Tensor]] = {}
+        self._recorded_at = 0  # what is younger in autograd's graph comes from a later forward
         # Calls of the chosen modules in one forward, by how the model is called; None: not known yet.
         self._calls_per_pass: dict[tuple, int | None] = {}
         self._stop_after: int | None = None
@@ -176,6 +177,7 @@ class Attachment:
                 self._calls_per_pass[way] = _count_calls(self.model, self.names, inputs, kwargs)
             self._stop_after = self._calls_per_pass[way]
             self._recorded = {name: [] for name in self.names}
+            self._recorded_at = torch._C._autograd._get_sequence_nr()
             self._recording = True
             try:
                 self.model(*inputs, **kwargs)
@@ -189,7 +191,7 @@ class Attachment:
             finally:
                 self._recording = False
                 for fusion in self._fusions.values():  # a pass that was stopped ends no owner
-                    fusion.owner_runs = False
+                    fusion.owner_runs = None
         missing = [name for name in self.names if not self._recorded[name]]
         if missing:
             self._recorded = {}
@@ -219,6 +221,10 @@ class Attachment:
 
     def __exit__(self, *exception) -> None:
         self.remove()
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._recorded_at = 0  # a copy is in no graph yet, and another process counts anew
 
     def __repr__(self) -> str:
         state = "" if self._handles else ", removed"
@@ -254,27 +260,30 @@ class Attachment:
     ) -> Tensor | None:
         if not self.model.training and self.at_eval == "off":
             return None
-        call = self._calls[name]
-        self._calls[name] += 1
+        # Backward computes what is checkpointed again: as in forward, whose call it is.
+        again = torch._C._current_graph_task_id() != -1
         p_zero = mask = state = None
         binarize = self.binarize
         if self.mode == "binarize" or not (self.model.training or self.at_eval == "on"):
-            self._last_mask[name] = (None,)
+            last = (None,)
             binarize = True
         elif self.mode == "random":
             state = rng_state(device=x.device)
             if self.first_sample:
                 _skip_samples(state, self.first_sample, name, x)
             p_zero = self.p_zero[name]
-            self._last_mask[name] = (state, x.shape, p_zero)
+            last = (state, x.shape, p_zero)
         else:
-            mask = self._recorded_for(name, call, x)
-            self._last_mask[name] = (mask,)
-        self.fired[name] += 1
+            mask = self._recorded_for(name, x, again)
+            last = (mask,)
+        if not again:
+            self._last_mask[name] = last
+            self._calls[name] += 1
+            self.fired[name] += 1
         if isinstance(mask, Tensor):  # the raw product
             return (x.detach() if self.gradient == "zero" else x) * mask
         inplace = output_is_free(module, x)
-        if fusion is not None and fusion.takes_over():
+        if fusion is not None and fusion.takes_over(again):
             fusion.defer(x, p_zero or 0.0, mask, state, inplace)
             return None
         return shape(
@@ -287,13 +296,25 @@ class Attachment:
             inplace=inplace,
         )
 
-    def _recorded_for(self, name: str, call: int, x: Tensor) -> BitMask | Tensor:
+    def _recorded_for(self, name: str, x: Tensor, again: bool) -> BitMask | Tensor:
         maps = self._recorded.get(name)
         if not maps:
             raise RuntimeError(
                 f"mode={self.mode!r}: nothing was recorded for {name!r}; call attachment.record(target_batch) "
                 "before the source batch"
             )
+        if again:
+            if torch._C._current_autograd_node()._sequence_nr() < self._recorded_at:
+                raise RuntimeError(
+                    f"{name!r} is checkpointed, and the maps of the forward that backward computes again went with a later "
+                    "record: call backward before the next record, and nest no checkpoints with use_reentrant=True"
+                )
+            if len(maps) > 1:
+                raise RuntimeError(
+                    f"{name!r} is checkpointed and was called {len(maps)} times in the target pass: mode={self.mode!r} "
+                    "cannot tell which of these calls backward computes again"
+                )
+        call = 0 if again else self._calls[name]
         if call >= len(maps):
             raise RuntimeError(
                 f"{name!r} was called {call + 1} times in one forward, {len(maps)} in the target pass "
@@ -376,6 +397,10 @@ def attach(
             without `binarize`, hooks serve instead: a warning says so, and `Attachment.method_of` and
             `Attachment.reasons`. A module called in another way than with its required arguments, or only in
             part, is served by hooks too while it is called so.
+
+    `torch.utils.checkpoint` may be used in the model or around it: what it computes again in backward is shaped as in
+    forward and not counted in `fired`. So backward comes before `remove` and the next `record`. Where masks are random it must
+    put the generators back, as it does by default; with recorded maps a layer is called once in a forward.
 
     Returns:
         An `Attachment`. Where several processes share a batch, its `first_sample` makes their random masks parts of one.

@@ -69,7 +69,18 @@ def _gradients(ctx, grad):
     )
 
 
-_gradients_once = once_differentiable(_gradients)
+def _gradients_once(ctx, grad):
+    gradients = once_differentiable(_gradients)(ctx, grad)
+    for node in {g.grad_fn for g in gradients if g is not None} - {None}:
+        node.register_prehook(_refuse_second)
+    return gradients
+
+
+def _refuse_second(_):
+    raise RuntimeError(
+        "the backward pass of ShapedBatchNorm2d cannot be differentiated again; that of fastshape.shape and "
+        "nn.BatchNorm2d can (fastshape.attach with method='hooks')"
+    )
 
 
 class ShapedBatchNorm2d(nn.BatchNorm2d):
@@ -105,7 +116,7 @@ class ShapedBatchNorm2d(nn.BatchNorm2d):
         Input and output: (N, C, H, W); float16, bfloat16, float32 or float64, with parameters of the same dtype or of
         float32. A contiguous or channels_last input keeps its memory format, any other gives a contiguous output.
 
-    The backward pass cannot be differentiated again.
+    The backward pass cannot be differentiated again, as that of `fastshape.shape` and `nn.BatchNorm2d` can.
 
     Example:
         >>> block = nn.Sequential(nn.Conv2d(3, 8, 3), fastshape.ShapedBatchNorm2d(8, p_zero=0.3, relu=True))

@@ -311,7 +311,8 @@ class Fusion:
 
     def __init__(self, name: str, conv: nn.Module, bn: nn.Module, relu: nn.Module | None):
         self.name, self.conv, self.bn, self.relu = name, conv, bn, relu
-        self.owner_runs = False
+        self.owner_runs: bool | None = None  # as it was traced; None where it does not run
+        self.owner_ran = False  # when forward called the convolution last, and as it was traced
         self.waiting = False  # bn has not yet met what it is to shape
 
     def start(self, gradient: str) -> None:
@@ -331,11 +332,17 @@ class Fusion:
         if type(self.relu) is PassingReLU:
             self.relu.__class__ = nn.ReLU
 
-    def takes_over(self) -> bool:
-        """Whether bn may shape what the convolution gives now: within its owner, and with nobody looking on."""
+    def takes_over(self, again: bool) -> bool:
+        """Whether bn may shape what the convolution gives now: within its owner, and with nobody looking on.
+
+        Args:
+            again: backward computes it again, maybe without its owner: what is checkpointed may be a part of that.
+        """
         conv = self.conv
+        if not again:
+            self.owner_ran = bool(self.owner_runs)
         return (
-            self.owner_runs
+            (self.owner_ran if self.owner_runs is None else self.owner_runs)
             and len(conv._forward_hooks) == 1
             and not (conv._backward_hooks or conv._backward_pre_hooks or _is_watched(self.bn))
             and not _has_any_global_hook()
@@ -377,9 +384,10 @@ class Owner:
 
     def end(self, module: nn.Module, args: tuple, output) -> None:
         for fusion in self.fusions:
-            fusion.owner_runs = False
+            fusion.owner_runs = None
             if fusion.waiting and output is not None:  # None: it raised
                 raise RuntimeError(
                     f"method='replace': what {fusion.name} gave never reached its BatchNorm2d, and is not shaped; was the "
-                    "model changed after attach? Use method='hooks'"
+                    "model changed after attach, as nn.SyncBatchNorm.convert_sync_batchnorm does? Change it before, or use "
+                    "method='hooks'"
                 )

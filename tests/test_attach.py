@@ -3,14 +3,17 @@
 import copy
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastshape
 from fastshape import attach
+from fastshape.attach import MODES
 from fastshape.chains import output_is_free
 
 torchvision = pytest.importorskip("torchvision")
@@ -353,6 +356,104 @@ def test_without_a_graph_the_map_is_overwritten_too(given):
             model(images)
             handle.remove()
             assert seen == given[:1]
+
+
+# ---- checkpointing ----
+
+
+class Checkpointed(nn.Module):
+    """Tiny with one or both of two parts, one in the other, computed again in backward."""
+
+    def __init__(self, parts=(), use_reentrant=None):
+        super().__init__()
+        self.parts, self.use_reentrant = parts, use_reentrant
+        self.tiny = Tiny()
+
+    def again(self, part, function, x):
+        if part not in self.parts:
+            return function(x)
+        return checkpoint(function, x, use_reentrant=self.use_reentrant)
+
+    def block(self, x):
+        return self.tiny.relu(self.tiny.bn(self.tiny.conv1(x)))
+
+    def outer(self, x):
+        return self.tiny.conv2(self.again("inner", self.block, x)).sin()
+
+    def forward(self, x):
+        return self.tiny.fc(self.again("outer", self.outer, x).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # while recording
+@pytest.mark.parametrize("use_reentrant", (True, False))
+@pytest.mark.parametrize("parts", (("inner",), ("outer",), ("inner", "outer"), ("model",)))
+@pytest.mark.parametrize("mode", MODES)
+def test_checkpointing_changes_nothing(mode, parts, use_reentrant):
+    torch.manual_seed(0)
+    models = Checkpointed(), Checkpointed(parts, use_reentrant)
+    models[1].load_state_dict(models[0].state_dict())
+    steps = []
+    for model in models:
+        model.double()
+        p_zero = 0.3 if mode == "random" else None
+        # Running statistics, of which recording in evaluation is a function, move again with what is computed again.
+        attachment = attach(model, "tiny.*", mode=mode, p_zero=p_zero, record_mode="train")
+        for seed in (1, 2):  # each step with the maps of its own record
+            torch.manual_seed(seed)
+            if mode in ("target", "product"):
+                attachment.record(torch.randn(targets.shape).double())
+            x = images.double().requires_grad_()
+            y = model.again("model", model, x)
+            y.square().sum().backward()
+        grads = [p.grad for p in model.parameters()]
+        steps.append((y, grads, attachment.fired, attachment.density))
+    (y0, grads0, *counts0), (y1, grads1, *counts1) = steps
+    assert counts0 == counts1 and set(counts1[0].values()) == {2}
+    assert torch.equal(y0, y1)
+    for a, b in zip(grads0, grads1, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+@pytest.mark.parametrize("use_reentrant", (True, False))
+def test_what_is_checkpointed_has_the_maps_of_its_forward_or_none(use_reentrant):
+    model = Checkpointed(("inner",), use_reentrant)
+    with attach(model, "tiny.conv1", mode="target") as attachment:
+        attachment.record(targets)
+        x = images.clone().requires_grad_()
+        first = model(x).sum()
+        attachment.record(images)
+        second = model(x).sum()
+        second.backward()
+        with pytest.raises(RuntimeError, match="went with a later record: call backward before"):
+            first.backward()
+
+
+def test_a_pickled_record_serves_checkpoints_elsewhere():
+    """Threads number autograd's nodes each from 0, as processes do."""
+    model = Checkpointed(("inner",), use_reentrant=False)
+    for _ in range(9):
+        model(images)
+    attachment = attach(model, "tiny.conv1", mode="target")
+    attachment.record(targets)
+    copied = pickle.loads(pickle.dumps(model))
+    with ThreadPoolExecutor() as pool:
+        pool.submit(lambda: copied(images).sum().backward()).result()
+    model(images).sum().backward()
+    assert torch.equal(copied.tiny.conv1.weight.grad, model.tiny.conv1.weight.grad)
+
+
+@pytest.mark.parametrize("use_reentrant", (True, False))
+def test_checkpointed_calls_that_cannot_be_told_apart_are_refused(use_reentrant, tiny):
+    with attach(tiny, "relu", mode="target") as attachment:
+        attachment.record(targets)
+        x = images.clone().requires_grad_()
+        y = checkpoint(tiny, x, use_reentrant=use_reentrant)
+        with pytest.raises(RuntimeError, match="'relu' is checkpointed and was called 2 times"):
+            y.sum().backward()
+    with attach(tiny, "relu", p_zero=0.5) as attachment:
+        checkpoint(tiny, x, use_reentrant=use_reentrant).sum().backward()
+        assert attachment.fired == {"relu": 2}
 
 
 # ---- recording ----

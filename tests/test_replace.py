@@ -581,6 +581,59 @@ def test_checkpointing_repeats_what_was_done(use_reentrant):
         assert grad is None or torch.allclose(grad, replace[1][name])
 
 
+class Checkpointed(nn.Module):
+    """A chain of which `part` is computed again in backward."""
+
+    def __init__(self, part=None, use_reentrant=None):
+        super().__init__()
+        self.part, self.use_reentrant = part, use_reentrant
+        self.first, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)
+        self.bn, self.relu = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+
+    def again(self, part, function, x):
+        if part != self.part:
+            return function(x)
+        return checkpoint(function, x, use_reentrant=self.use_reentrant)
+
+    def norm(self, x):
+        return self.bn(self.again("conv", self.conv, x))
+
+    def chain(self, x):
+        return self.relu(self.again("conv, bn", self.norm, x))
+
+    def forward(self, x):
+        return self.again("conv, bn, relu", self.chain, self.first(x)).sin().mean((2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # while recording
+@pytest.mark.parametrize("before", (True, False), ids=("before attach", "after attach"))
+@pytest.mark.parametrize("mode", ("random", "target"))
+@pytest.mark.parametrize("method", ("hooks", "replace"))
+@pytest.mark.parametrize("use_reentrant", (True, False))
+@pytest.mark.parametrize("part", ("conv", "conv, bn", "conv, bn, relu"))
+def test_checkpoints_within_a_chain(part, use_reentrant, method, mode, before):
+    """Exactly what is learned without them: hooks in a chain's place would round otherwise, or not be taken at all."""
+    torch.manual_seed(0)
+    plain = varied(Checkpointed()).double()
+
+    def forward(model, x):
+        model.part, model.use_reentrant = part, use_reentrant
+        return model(x)
+
+    model = copy.deepcopy(plain)
+    if before:
+        model.part, model.use_reentrant = part, use_reentrant
+    arguments = {"mode": mode, "p_zero": 0.3 if mode == "random" else None}
+    plain, again = (
+        shaped_step(m, method, "conv", images.double(), forward=f, **arguments)
+        for m, f in ((plain, None), (model, forward))
+    )
+    assert plain[4].method_of == again[4].method_of == {"conv": method}
+    assert torch.equal(plain[0], again[0]) and plain[3] == again[3]
+    for name, grad in plain[1].items():
+        assert torch.equal(grad, again[1][name]), name
+
+
 @pytest.mark.parametrize("watched", (("conv1",), ("bn1",), ("relu",), ("conv1", "bn1", "relu")))
 def test_hooks_that_come_later_see_what_they_would_see(watched):
     model = build("resnet18").double()
@@ -633,6 +686,10 @@ def test_shaping_that_is_lost_is_an_error():
     model.bn1 = nn.BatchNorm2d(64)
     with pytest.raises(RuntimeError, match="what conv1 gave never reached its BatchNorm2d"):
         model(images)
+    model = build("resnet18")
+    replaced(model, 1)
+    with pytest.raises(RuntimeError, match="as nn.SyncBatchNorm.convert_sync_batchnorm does"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)(images)
 
 
 def test_an_error_on_the_way_leaves_nothing_behind():
