@@ -83,21 +83,20 @@ def draw(report: dict, path: Path) -> None:
         ends[1], peak, f"Philox alone, {peak:.1f} Gop/s ", ha="right", va="bottom", color="0.35"
     )
     ours: dict[str, list] = {}
-    for number, (work, contender, intensity, our_rate, their_rate) in enumerate(points(report)):
+    others: dict[str, list] = {}
+    for work, contender, intensity, our_rate, their_rate in points(report):
         ours.setdefault(work, []).append((intensity, our_rate))
-        label = "contenders" if number == 0 else None
-        axes.plot(intensity, their_rate, "o", mfc="none", mec="tab:gray", ms=5, label=label)
-        axes.annotate(
-            contender,
-            (intensity, their_rate),
-            xytext=(5, -2),
-            textcoords="offset points",
-            fontsize=5,
-            color="0.5",
-        )
+        name = contender.removeprefix("shaped_").replace("_of_reference", "").replace("_", " ")
+        others.setdefault(name, []).append((intensity, their_rate))
+    drawn = []
+    for marker, (name, seen) in zip("osv^<>Xd*P", others.items(), strict=False):
+        style = {"marker": marker, "ls": "", "mfc": "none", "mec": "0.4", "ms": 5, "label": name}
+        drawn += axes.plot(*zip(*seen, strict=True), **style)
+    axes.add_artist(axes.legend(handles=drawn, title="contenders", fontsize=7, loc="lower right"))
+    mine = list(axes.get_lines()[:2])
     for work, seen in ours.items():
         rate = sorted(rate for _, rate in seen)[len(seen) // 2]
-        axes.plot(seen[0][0], rate, "D", ms=8, label=f"fastshape: {work.replace('_', ' ')}")
+        mine += axes.plot(seen[0][0], rate, "D", ms=8, label=f"fastshape: {work.replace('_', ' ')}")
     axes.set(
         xscale="log",
         yscale="log",
@@ -105,7 +104,7 @@ def draw(report: dict, path: Path) -> None:
         xlabel="operations for each byte that must move",
         ylabel="Gop/s",
     )
-    axes.legend(fontsize=7, loc="upper left")
+    axes.legend(handles=mine, fontsize=7, loc="upper left")
     about = report["machine_info"].get("cpu", {}).get("brand_raw", "")
     axes.set_title(f"{about}, float32 maps of (32 or 16, 64, 112, 112)", fontsize=9)
     part = path.with_name(f".{path.name}.part")
