@@ -62,5 +62,8 @@ def test_the_presets_of_the_reports_do_not_and_ours_does():
     for mode in ("random", "da"):
         assert resolve(data | {"mode": mode})[0].bn_recalibration
     assert not resolve(data)[0].bn_recalibration
-    with pytest.raises(ConfigError, match="bn_recalibration: True is for modes random and da"):
-        resolve(data | {"bn_recalibration": True})
+    assert resolve(data | {"bn_recalibration": True})[0].mode == "baseline"
+    with pytest.raises(
+        ConfigError, match="bn_recalibration: True is for modes baseline and random"
+    ):
+        resolve(data | {"mode": "adabn", "bn_recalibration": True})
