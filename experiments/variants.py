@@ -51,7 +51,7 @@ class Hooks:
 
     def changed(self, name: str, x: Tensor, call: int) -> Tensor | None:
         """What takes the place of x, the output of a layer's call number `call`; None: nothing."""
-        raise NotImplementedError
+        raise NotImplementedError("each kind of hooks says what it changes")
 
     def remove(self) -> None:
         for handle in self.handles:
