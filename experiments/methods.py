@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import distributed
@@ -175,9 +175,20 @@ class Method:
             norm.momentum = momentum
 
     @contextmanager
-    def adapted(self, batches: Iterable[Tensor]) -> Iterator[None]:
+    def recalibrated(self, batches: Iterable[Tensor]) -> Iterator[None]:
+        """`recalibrate` for a while: afterwards the statistics are those of training again."""
+        buffers = [buffer for norm in self.norms() for buffer in norm.buffers()]
+        kept = [buffer.clone() for buffer in buffers]
+        self.recalibrate(batches)
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
+
+    def adapted(self, batches: Iterable[Tensor]) -> AbstractContextManager:
         """How the target is tested: around its test, with its images in batches, without labels."""
-        yield
+        return nullcontext()
 
     def norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
         kind = nn.modules.batchnorm._BatchNorm
@@ -273,20 +284,12 @@ class TargetMaps(RandomMaps):
 class AdaBN(Method):
     """Source only, but the target is tested with BatchNorm statistics of its own images.
 
-    They are plain means over batches of the whole target, and are taken back after the test: training
-    and the tests on the source never see them.
+    They are plain means over whole batches of the target (a smaller last one is left out), and are
+    taken back after the test: training and the tests on the source never see them.
     """
 
-    @contextmanager
-    def adapted(self, batches: Iterable[Tensor]) -> Iterator[None]:
-        buffers = [buffer for norm in self.norms() for buffer in norm.buffers()]
-        kept = [buffer.clone() for buffer in buffers]
-        self.recalibrate(batches)
-        try:
-            yield
-        finally:
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)
+    def adapted(self, batches: Iterable[Tensor]) -> AbstractContextManager:
+        return self.recalibrated(batches)
 
 
 class Dann(Method):

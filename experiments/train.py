@@ -3,17 +3,20 @@
 `train` is given the target's *images*; its labels stay with `Evaluation`, which only counts. Of several
 processes (see `distributed`) each runs all of this on its part of every batch, and the first writes.
 
-All randomness of the data (order, pairs, augmentation) is a function of (seed, epoch), so a
-checkpoint need not hold it. The maps draw from torch's generator of the device, whose state a
-checkpoint does hold.
+All randomness of the data (order, pairs, augmentation) and of the maps in tests is a function of
+(seed, epoch), so a checkpoint need not hold it. The maps in training draw from torch's generator of
+the device, whose state a checkpoint does hold.
+
+Testing leaves no trace: how often, on what and with which switches a run is tested does not change
+how it trains.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,7 +43,7 @@ from torch.utils.data import DataLoader
 
 # Purposes of random numbers. Each (seed, purpose) is a stream of its own, so that target images
 # are not cropped and flipped as the source images of the same number are.
-SOURCE_ORDER, TARGET_ORDER, TARGET_AUGMENTATION = 1, 2, 3
+SOURCE_ORDER, TARGET_ORDER, TARGET_AUGMENTATION, TEST_MAPS = 1, 2, 3, 4
 
 # ResNet-18 divides the side by 32, so at this size its last maps have one pixel.
 ONE_PIXEL = 32
@@ -348,9 +351,8 @@ def train(
     for epoch in range(len(rows) + 1, epochs + 1):
         start = time.perf_counter()
         row = {"epoch": epoch} | train_epoch(method, images, config, epoch, screen)
-        if config.bn_recalibration:
-            method.recalibrate(images.plain(config))
-        row |= scored(evaluate(method, screen))
+        with tested(method, images, config, epoch):
+            row |= scored(evaluate(method, screen))
         row["seconds"] = time.perf_counter() - start
         rows.append(row)
         if distributed.rank() == 0:
@@ -358,6 +360,18 @@ def train(
             record.write_json_lines(folder / "metrics.jsonl", rows)
         screen.say(epoch_line(row, epochs, config))
     return rows
+
+
+@contextmanager
+def tested(method: Method, images: TrainingImages, config: Config, epoch: int) -> Iterator[None]:
+    """Around an epoch's tests: what they draw and measure is put back."""
+    seed = np.random.SeedSequence([config.seed, TEST_MAPS, epoch]).generate_state(1)[0]
+    devices = [method.device] if method.device.type == "cuda" else []
+    source = method.recalibrated(images.plain(config)) if config.bn_recalibration else nullcontext()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(seed))
+        with source:
+            yield
 
 
 def scored(confusions: dict[str, list[list[int]]]) -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""BatchNorm statistics for testing: measured anew on source images, shaped as in testing."""
+"""BatchNorm statistics for testing: measured anew on source images, shaped as in testing, and put back."""
 
 import pytest
+import record
+import run
 import torch
 from config import Config, ConfigError, resolve
 from methods import Method, RandomMaps
+from test_run import no_pictures, rows_of, same_weights, tiny, weights_of  # noqa: F401
 from torch import nn
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -53,6 +56,36 @@ def test_maps_are_shaped_as_in_testing(at_eval):
         torch.testing.assert_close(method.model[1].running_mean, mean, rtol=1e-5, atol=1e-6)
     assert not torch.equal(method.model[1].running_mean, shaped_mean)
     assert method.fired()["0"] == fired + (0 if at_eval == "off" else len(BATCHES))
+
+
+@pytest.mark.parametrize(
+    "mode, test",
+    [
+        ("baseline", {"bn_recalibration": True}),
+        ("da", {"bn_recalibration": True}),  # whose target pass reads the statistics
+        ("random", {"bn_recalibration": False, "at_eval": "on"}),  # whose tests draw maps
+        ("random", {"bn_recalibration": True, "at_eval": "on", "test_set": "source-train"}),
+    ],
+)
+def test_testing_leaves_no_trace_in_training(mode, test, tmp_path, no_pictures, monkeypatch):  # noqa: F811
+    tested, predict = [], Method.predict
+
+    def seen(*arguments):
+        tested[-1].append(predict(*arguments))
+        return tested[-1][-1]
+
+    monkeypatch.setattr(Method, "predict", seen)
+    plain = {"bn_recalibration": False}
+    folders = [tmp_path / "plain", tmp_path / "tested"]
+    for folder, switches in zip(folders, (plain, plain | test), strict=True):
+        tested.append([])
+        assert run.main(tiny(folder, mode=mode, **switches)) == 0
+    assert not any(torch.equal(a, b) for a, b in zip(*tested, strict=False))  # other tests
+    a, b = folders
+    assert [row["train_loss"] for row in rows_of(a)] == [row["train_loss"] for row in rows_of(b)]
+    assert same_weights(weights_of(a), weights_of(b))
+    states = [record.read_checkpoint(folder / "checkpoint.pt")["cpu_rng"] for folder in folders]
+    assert torch.equal(*states)
 
 
 def test_the_presets_of_the_reports_do_not_and_ours_does():
