@@ -32,7 +32,7 @@ from methods import METHODS, Method, ShapingError
 from model import Weights, WeightsError, build_model
 from rich.console import Console
 from screen import Screen
-from train import Evaluation, TrainingError, TrainingImages, check_same, train
+from train import Evaluation, TrainingError, TrainingImages, check_same, same_class, train
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses
 
@@ -118,6 +118,7 @@ class Experiment:
     images: TrainingImages
     evaluate: Evaluation
     target: Domain
+    warnings: list[str]  # of what was built, for the record
 
 
 def build(config: Config) -> Experiment:
@@ -140,11 +141,20 @@ def build(config: Config) -> Experiment:
         training, held_out = split_holdout(source, config.holdout, config.seed)
     # training gets other domains' images alone, and those only that the method asks for; the
     # target's labels go to the evaluation
-    unlabelled = []
+    unlabelled, warnings = [], list(weights.warnings)
     if method.uses_target:
         for name in config.mask_sources or (config.target,):
             others = domains[name].images
-            unlabelled.append((others, training if name == config.source else range(len(others))))
+            chosen = training if name == config.source else range(len(others))
+            unlabelled.append((others, chosen))
+            if config.pairing == "modulo" and config.apply_maps and config.mode == "da":
+                labels = source.labels[training], domains[name].labels[chosen]
+                alike, chance = same_class(config, *labels)
+                warnings.append(
+                    f"pairing modulo: {alike:.0f} % of the images are shaped by a map of {name} of their own "
+                    f"class, by chance it would be {chance:.0f} %: both lists are sorted by class, so its "
+                    "labels have a part in training"
+                )
     images = TrainingImages(source, training, unlabelled)
     images.check_batches(config)
     sets = {"target": (target, range(len(target.images)))}
@@ -152,7 +162,7 @@ def build(config: Config) -> Experiment:
         sets["holdout"] = (source, held_out)
     if config.test_set == "source-train":
         sets["invalid_test"] = (source, training)
-    return Experiment(method, weights, images, Evaluation(sets, config), target)
+    return Experiment(method, weights, images, Evaluation(sets, config), target, warnings)
 
 
 def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Path:
@@ -176,7 +186,7 @@ def run(config: Config, warnings: list[str], resume: bool, screen: Screen) -> Pa
     with distributed.together():
         experiment = experiment or build(config)
     method = experiment.method
-    warnings = list(dict.fromkeys(warnings + experiment.weights.warnings))
+    warnings = list(dict.fromkeys(warnings + experiment.warnings))
     for warning in warnings:
         screen.warn(warning)
     epochs, updates = config.length(len(experiment.images.source_indices))

@@ -74,6 +74,19 @@ def epoch_order(
     return source, target[np.arange(n_source) % n_target]
 
 
+def same_class(config: Config, source: np.ndarray, target: np.ndarray) -> tuple[float, float]:
+    """Percent of an epoch's pairs that share a class, and the percent that chance would give.
+
+    Args:
+        source, target: int64 labels of the images to train on, in the order of the data.
+    """
+    ours, theirs = epoch_order(config, 1, len(source), len(target))
+    shares = [
+        np.bincount(labels, minlength=len(CLASSES)) / len(labels) for labels in (source, target)
+    ]
+    return 100 * float(np.mean(source[ours] == target[theirs])), 100 * float(shares[0] @ shares[1])
+
+
 Batches = DataLoader | DeviceBatches
 
 

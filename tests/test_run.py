@@ -76,6 +76,33 @@ def no_pictures(monkeypatch):
 # --- a finished run ---
 
 
+def test_a_pairing_that_lets_labels_in_is_said_with_its_share(tmp_path, no_pictures, capsys):
+    """Lists sorted by class, of the same length: image i % n_target is of image i's class."""
+    for pairing, apply_maps, share in (
+        ("modulo", True, 100),
+        ("modulo", False, 0),
+        ("random", True, 0),
+    ):
+        folder = tmp_path / f"{pairing}-{apply_maps}"
+        switches = {"mode": "da", "epochs": 1, "holdout": 0, "pairing": pairing}
+        if not apply_maps:
+            switches |= {"apply_maps": False, "record_mode": "train"}
+        assert run.main(tiny(folder, **switches)) == 0
+        said = [text for text in summary_of(folder)["warnings"] if "pairing" in text]
+        assert len(said) == bool(share)
+        if share:
+            assert f"{share} % of the images" in said[0] and "by chance it would be 14 %" in said[0]
+            assert said[0] in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_share_of_pairs_of_one_class_is_that_of_the_epochs_pairs():
+    source, target = np.array([0, 0, 0, 1]), np.array([0, 1, 1])
+    modulo = replace(Config(), pairing="modulo")
+    assert training.same_class(modulo, source, target) == (25.0, pytest.approx(50 * 5 / 6))
+    alike = [training.same_class(replace(Config(), seed=s), source, target)[0] for s in range(200)]
+    assert 35 < np.mean(alike) < 50
+
+
 @pytest.mark.parametrize("mode", SHAPED)
 def test_a_run_leaves_its_record(runs, mode):
     folder = runs / mode
