@@ -2,8 +2,9 @@
 
     python experiments/audit.py runs/suites/report-b-full
 
-A record is checked by record.py (it is sealed, and computed again from its parts); here come what a
-study needs besides. An audit that fails says which runs fail which rule, and the exit status is 1.
+What a record shows by itself record.py finds when it is read: one that was edited or breaks a rule is
+in no table. Here come the layers, found a second time, and what a study needs besides. An audit that
+fails says which runs fail which rule, and the exit status is 1.
 
 What no record can show is that code in training saw no target label: methods.py has no argument
 through which one could come. The record shows that as many images were trained on with labels as the
@@ -20,8 +21,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from data import OFFICIAL_COUNTS
+from config import plain
+from model import bare_model
 from study import (
     CONFOUNDS,
     METHOD,
@@ -31,13 +32,10 @@ from study import (
     StudyError,
     differences,
     matchups,
-    plain,
     read_study,
     shown,
 )
 from torch import nn
-from torchvision.models import resnet18
-from toy import IMAGES_PER_CLASS
 
 FAILED, BAD_INPUT = 1, 2  # exit statuses
 
@@ -46,9 +44,11 @@ KINDS = {"conv": nn.Conv2d, "bn": nn.BatchNorm2d, "relu": nn.ReLU}
 # In the order of the report. What a rule asks of a run, or of two arms that are compared.
 RULES = {
     "record": "sealed and unedited; summary.json follows from config.yaml and metrics.jsonl",
+    "length": "as many epochs, updates and passes as the switches say",
     "k of n": "tested on every image of the target, in every epoch",
     "hooks": "the layers that the switches name were shaped in every training pass, once a call",
-    "labels": "labelled training images are the source's, less those held out",
+    "labels": "labelled training images are the source's, less those held out; the target is no "
+    "mask source",
     "BatchNorm": "statistics untouched by target images where the switches promise it",
     "arms": "the runs of an arm differ in domains and seed alone",
     "updates": "arms that are compared had as many updates",
@@ -56,6 +56,8 @@ RULES = {
     "weights": "arms that are compared start from the same weights",
     "code": "arms that are compared ran on the same code, versions and kind of device",
 }
+# Rules of a run by itself, which every sealed record is held to.
+OF_A_RUN = ("length", "k of n", "hooks", "labels", "BatchNorm")
 
 
 class Remark(NamedTuple):
@@ -83,14 +85,15 @@ class Audit(NamedTuple):
 def audit(study: Study) -> Audit:
     """Apply every rule to every record and comparison of a study."""
     remarks = [
-        Remark("record", problem.name, line, True)
+        Remark(rule, problem.name, line, True)
         for problem in study.problems
-        for line in problem.lines
         if problem.fails
+        for rule, line in zip(
+            problem.rules or ["record"] * len(problem.lines), problem.lines, strict=True
+        )
     ]
     for name, run in study.runs.items():
-        for rule, check in RUN_RULES.items():
-            remarks += [Remark(rule, name, what, True) for what in check(run)]
+        remarks += [Remark("hooks", name, what, True) for what in hooks(run)]
     arms = {(t.name, a.name): a for t in study.tables for a in t.arms if a.runs}
     for arm in arms.values():
         remarks += uniform(arm)
@@ -103,8 +106,9 @@ def audit(study: Study) -> Audit:
         for remark, n in told.items():
             share = "" if n == len(both) else f" (in {n} of {len(both)} pairs of runs)"
             remarks.append(remark._replace(where=where, what=remark.what + share))
-    read = len(study.runs) + sum(problem.fails for problem in study.problems)
-    checked = {"record": read} | dict.fromkeys(RUN_RULES, len(study.runs))
+    kinds = Counter(problem.kind for problem in study.problems if problem.fails)
+    whole = len(study.runs) + kinds["broken rule"]
+    checked = {"record": len(study.runs) + kinds.total()} | dict.fromkeys(OF_A_RUN, whole)
     checked |= {"arms": len(arms)}
     checked |= dict.fromkeys(("updates", "confounds", "weights", "code"), len(pairs))
     return Audit(checked, list(dict.fromkeys(remarks)))
@@ -113,27 +117,10 @@ def audit(study: Study) -> Audit:
 # --- a run ------------------------------------------------------------------------------------
 
 
-def domain_size(run: Run, domain: str) -> int:
-    """Images of a domain that a run with these switches has."""
-    counts = OFFICIAL_COUNTS[domain]
-    if run.config["data"] == "toy":
-        counts = [IMAGES_PER_CLASS] * len(counts)
-    limit = run.config["limit"]
-    return sum(n if limit is None else min(n, limit) for n in counts)
-
-
-def k_of_n(run: Run) -> Iterator[str]:
-    n = domain_size(run, run.config["target"])
-    for row in run.rows:
-        if row["target_total"] != n:
-            yield f"epoch {row['epoch']}: tested on {row['target_total']} images; the target has {n}"
-
-
 @functools.cache
 def modules() -> dict[str, nn.Module]:
     """The modules of a ResNet-18, by name; without weights."""
-    with torch.device("meta"):
-        return dict(resnet18().named_modules())
+    return dict(bare_model().named_modules())
 
 
 def conv_number(layer: str) -> int | None:
@@ -174,30 +161,6 @@ def hooks(run: Run) -> Iterator[str]:
                     f"epoch {row['epoch']}: {name} was shaped {row['fired'].get(name)} times in "
                     f"{row['passes']} passes of {calls} {'call' if calls == 1 else 'calls'}"
                 )
-
-
-def labels(run: Run) -> Iterator[str]:
-    held_out = run.rows[0].get("holdout_total", 0)
-    n = domain_size(run, run.config["source"]) - held_out
-    for row in run.rows:
-        if row["source_train_total"] > n:
-            yield f"epoch {row['epoch']}: trained on {row['source_train_total']} images, the source has {n}"
-    if run.summary["selected_epoch"] is not None and not held_out:
-        yield "an epoch was selected, but no source image was held out to do it by"
-    if run.config["target"] in run.config["mask_sources"]:
-        yield "maps are said to be of other domains than the target, which is among them"
-
-
-def batch_norm(run: Run) -> Iterator[str]:
-    config = run.config
-    if config["mode"] == "da" and config["record_mode"] == "eval":
-        if run.summary["bn_untouched"] is not True:
-            yield f"record_mode eval, but bn_untouched is {run.summary['bn_untouched']}"
-    elif config["mode"] not in ("da", "dann") and run.summary["bn_untouched"] is not None:
-        yield f"mode {config['mode']} passes no target image in training, yet the record has one"
-
-
-RUN_RULES = {"k of n": k_of_n, "hooks": hooks, "labels": labels, "BatchNorm": batch_norm}
 
 
 # --- several runs -----------------------------------------------------------------------------

@@ -402,15 +402,19 @@ class Config:
 SWITCHES = {f.name: f for f in fields(Config)}
 
 
-def hash_of(values: Mapping[str, Any]) -> str:
-    """Hex digest of the switches `Config.as_dict()` gives, where a run happens left out.
+def plain(switch: str, value: Any) -> Any:
+    """A switch's value as it is on every machine: of data toy or PACS, of weights the file's name.
 
-    Of the data it says toy or PACS and of weights the file's name, so that a run has one hash on
-    every machine.
+    Where these are the same for every switch but those in WHERE, two runs are the same.
     """
-    values = {name: v for name, v in values.items() if name not in WHERE}
-    values["data"] = "toy" if values["data"] == "toy" else "PACS"
-    values["weights"] = Path(values["weights"]).name
+    if isinstance(value, str) and switch == "data":
+        return "toy" if value == "toy" else "PACS"
+    return Path(value).name if isinstance(value, str) and switch == "weights" else value
+
+
+def hash_of(values: Mapping[str, Any]) -> str:
+    """Hex digest of what the switches that `Config.as_dict()` gives are on every machine."""
+    values = {name: plain(name, v) for name, v in values.items() if name not in WHERE}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -672,5 +676,5 @@ def check(config: Config) -> None:
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """'name: old -> new' for each switch that keeps a run from being resumed."""
-    names = [name for name in sorted({*old, *new}) if name not in WHERE]
-    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+    pairs = [(n, old.get(n), new.get(n)) for n in sorted({*old, *new}) if n not in WHERE]
+    return [f"{n}: {a!r} -> {b!r}" for n, a, b in pairs if plain(n, a) != plain(n, b)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,13 @@ class Weights(NamedTuple):
     source: str  # imagenet, none, or the file's name
     sha256: str | None
     warnings: list[str]
+
+
+@functools.cache
+def bare_model() -> nn.Module:
+    """A ResNet-18 without memory for weights, for the names and kinds of its modules."""
+    with torch.device("meta"):
+        return resnet18()
 
 
 def build_model(weights: str, classes: int, seed: int) -> tuple[nn.Module, Weights]:

@@ -17,7 +17,7 @@ from contents import Grid, Report, Section, grid_of, span
 from findings import FIGURE, HIGHER, LOWER, counted
 from intervals import wilson
 from PIL import Image
-from study import Run, Study
+from study import Study
 
 STYLE = Path(__file__).resolve().parent / "report.css"
 MANY_PAIRS = 4  # with more, a table shows means over pairs, and each pair in a fold below
@@ -180,21 +180,27 @@ def html_runs(study: Study) -> str:
 
 def html_maps(study: Study) -> str:
     """What the maps look like: the first run of each kind that has a picture."""
-    chosen: dict[Any, Run] = {}
+    pictures: dict[Any, tuple[str, bytes]] = {}  # by kind: name of the run, picture
+    unreadable = []
     for run in study.runs.values():
-        if (run.folder / "maps.png").exists():
-            kind = run.config["mode"], run.config["product"], len(run.layers) > 1
-            chosen.setdefault(kind, run)
+        kind = run.config["mode"], run.config["product"], len(run.layers) > 1
+        path = run.folder / "maps.png"
+        if kind in pictures or len(pictures) == MAPS or not path.exists():
+            continue
+        try:
+            pictures[kind] = run.folder.name, small_png(path)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            unreadable.append(f"{run.folder.name}: maps.png cannot be read as a picture.")
     figures = []
-    for run in list(chosen.values())[:MAPS]:
-        data = base64.b64encode(small_png(run.folder / "maps.png")).decode()
-        name = run.folder.name
+    for name, picture in pictures.values():
+        data = base64.b64encode(picture).decode()
         image = tag(
             "img", class_="maps", alt=f"Maps of {name}", src=f"data:image/png;base64,{data}"
         )
         caption = f"{name}: one image at the shaped layers; before, the map, after."
         figures.append(tag("figure", wide(image), tag("figcaption", e(caption))))
-    return "".join(figures) or tag("p", "No run has a picture of its maps.")
+    shown = "".join(figures) or tag("p", "No run has a picture of its maps.")
+    return shown + (items(unreadable) if unreadable else "")
 
 
 def small_png(path: Path) -> bytes:

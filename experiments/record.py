@@ -362,21 +362,30 @@ def check(folder: Path) -> list[str]:
     """
     folder = Path(folder)
     try:
-        config, rows, summary = read(folder)
+        return [f"{folder}: {what}" for _, what in faults(*read(folder))]
     except RecordError as error:
         return [str(error)]
+
+
+def faults(config: dict[str, Any], rows: list[Any], summary: Any) -> list[tuple[str, str]]:
+    """What is wrong with what `read` gave: (rule, words).
+
+    The rule is "version"; "record", where the record is not as it was written; or one of the other
+    rules in audit.py, where it may be, and the run itself was not as it must be.
+    """
     version = summary.get("record_version") if isinstance(summary, dict) else None
     if version != RECORD_VERSION:
-        return [f"{folder} is a record of version {version}; this code reads {RECORD_VERSION}"]
-    problems = []
-    if sealed(summary, config, rows)["seal"] != summary.get("seal"):
-        problems.append("edited after the run: the seal does not fit")
+        return [("version", f"a record of version {version}; this code reads {RECORD_VERSION}")]
+    found = []
     try:
-        problems += summary_problems(config, rows, summary)
-        problems += row_problems(config, rows, summary["layer_names"])
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        problems.append(f"cannot be computed again: {type(error).__name__}: {error}")
-    return [f"{folder}: {problem}" for problem in problems]
+        if sealed(summary, config, rows)["seal"] != summary.get("seal"):
+            found.append(("record", "edited after the run: the seal does not fit"))
+        found += (("record", what) for what in summary_problems(config, rows, summary))
+        found += row_problems(config, rows, summary["layer_names"])
+    # of files with anything in them, NaN too, which no seal can be over
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as e:
+        found.append(("record", f"cannot be computed again: {type(e).__name__}: {e}"))
+    return found
 
 
 def summary_problems(
@@ -410,17 +419,19 @@ def shortened(value: Any) -> str:
 
 def row_problems(
     config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], layers: Sequence[str]
-) -> Iterator[str]:
-    """Where the epochs' rows are not what such a run can give."""
+) -> Iterator[tuple[str, str]]:
+    """Where the epochs' rows are not what such a run must give: (rule, words), as `faults` has them."""
     run = Config(**{name: config[name] for name in SWITCHES})
     target = images_per_class(run, run.target)
     held_out = rows[0].get("holdout_total", 0)
     training = sum(images_per_class(run, run.source)) - held_out
     if (held_out > 0) != (run.holdout > 0):
-        yield f"{held_out} images are held out, but holdout is {run.holdout:g}"
+        yield "labels", f"{held_out} images are held out, but holdout is {run.holdout:g}"
+    if run.target in run.mask_sources:
+        yield "labels", f"maps of other domains than the target, but mask_sources has {run.target}"
     epochs, updates = run.length(training)
     if len(rows) != epochs:
-        yield f"metrics.jsonl has {len(rows)} epochs; {updates} updates take {epochs}"
+        yield "length", f"metrics.jsonl has {len(rows)} epochs; {updates} updates take {epochs}"
     # what became of BatchNorm's statistics in passes over other images than the source's
     untouched = {"da": run.record_mode == "eval", "dann": False}.get(run.mode)
     done = 0
@@ -428,38 +439,37 @@ def row_problems(
         seen = min(training, (updates - done) * run.batch_size)
         steps = -(-seen // run.batch_size)
         done += steps
-        expected = {
-            "epoch": number,
-            "source_train_total": seen,
-            "source_train_accuracy": percent(row["source_train_correct"], seen),
-            "updates": steps,
-            "passes": sum(parts(size, run.accumulate) for size in batch_sizes(seen, run)),
-            "bn_untouched": untouched,
-            "holdout_total": held_out if run.holdout > 0 else None,
-        }
+        where = f"metrics.jsonl, epoch {number}:"
+        passes = sum(parts(size, run.accumulate) for size in batch_sizes(seen, run))
+        right = percent(row["source_train_correct"], row["source_train_total"])
+        expected = [
+            ("length", "epoch", number),
+            ("length", "updates", steps),
+            ("length", "passes", passes),
+            ("labels", "source_train_total", seen),
+            ("labels", "holdout_total", held_out if run.holdout > 0 else None),
+            ("record", "source_train_accuracy", right),
+            ("BatchNorm", "bn_untouched", untouched),
+        ]
         for stem in ("target", "holdout", "invalid_test"):
             if f"{stem}_confusion" in row:
                 counts = torch.tensor(row[f"{stem}_confusion"])
                 correct, total = int(counts.diagonal().sum()), int(counts.sum())
                 values = {"correct": correct, "total": total, "accuracy": percent(correct, total)}
-                expected |= {f"{stem}_{name}": value for name, value in values.items()}
-        for name, right in expected.items():
+                expected += (("record", f"{stem}_{name}", v) for name, v in values.items())
+        for rule, name, right in expected:
             if row.get(name) != right:
-                yield f"metrics.jsonl, epoch {number}: {name} is {row.get(name)!r}, not {right!r}"
+                yield rule, f"{where} {name} is {row.get(name)!r}, not {right!r}"
         tested = torch.tensor(row["target_confusion"]).sum(1).tolist()
         if tested != target:
-            yield (
-                f"metrics.jsonl, epoch {number}: tested on {tested} images of the classes; "
-                f"{run.target} has {target}"
-            )
+            what = f"tested on {tested} images of the classes; {run.target} has {target}"
+            yield "k of n", f"{where} {what}"
         if set(row["fired"]) != set(layers):
-            yield f"metrics.jsonl, epoch {number}: fired {sorted(row['fired'])}, not {layers}"
+            yield "hooks", f"{where} fired {sorted(row['fired'])}, not {layers}"
         for name, times in row["fired"].items():
             if times < row["passes"] or times % row["passes"]:
-                yield (
-                    f"metrics.jsonl, epoch {number}: layer {name} fired {times} times in "
-                    f"{row['passes']} passes"
-                )
+                what = f"layer {name} fired {times} times in {row['passes']} passes"
+                yield "hooks", f"{where} {what}"
 
 
 def images_per_class(config: Config, domain: str) -> list[int]:

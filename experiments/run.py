@@ -48,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in --out: with the same flags, or with --out alone",
+        help="continue the run in --out: with the same flags, or with --out alone and, where they lie "
+        "elsewhere now, --data and --weights",
     )
     for name, switch in SWITCHES.items():
         rule: Rule = switch.metadata["rule"]
@@ -78,7 +79,7 @@ def said(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str], bool]:
     values = {} if file is None else record.read_yaml(Path(file))
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     values |= flags
-    if resume and "out" in flags and file is None and not set(flags) - set(WHERE):
+    if resume and "out" in flags and file is None and not set(flags) - {*WHERE, "data", "weights"}:
         saved = Path(flags["out"]) / "config.yaml"
         if not saved.is_file():
             raise ConfigError(f"out: {flags['out']!r} holds no run to resume (no config.yaml)")

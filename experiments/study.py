@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import record
-from config import MODES_OF, SWITCHES, WHERE, ConfigError, preset_values
+from config import MODES_OF, SWITCHES, WHERE, ConfigError, plain, preset_values
 from intervals import mean
 
 FORMAT = 1  # of suite.json
@@ -63,13 +63,14 @@ class Problem(NamedTuple):
     """A record that no table uses."""
 
     name: str  # of its folder
-    kind: str  # unfinished | half-written | another version | edited | another run
+    kind: str  # unfinished | half-written | another version | edited | broken rule | another run
     lines: Sequence[str]
+    rules: Sequence[str] = ()  # of the audit, which each line is of; none: of "record"
 
     @property
     def fails(self) -> bool:
-        """Whether it is a record that says what did not happen, and not one that is no record."""
-        return self.kind in ("edited", "another run")
+        """Whether it is a record of what must not be or did not happen, and not one that is none."""
+        return self.kind in ("edited", "broken rule", "another run")
 
 
 def read_run(folder: Path) -> Run | Problem | None:
@@ -82,12 +83,11 @@ def read_run(folder: Path) -> Run | Problem | None:
     except record.RecordError as error:
         whole = (folder / "summary.json").exists()
         return Problem(name, "half-written" if whole else "unfinished", [short(error, folder)])
-    problems = [short(line, folder) for line in record.check(folder)]
-    version = summary.get("record_version") if isinstance(summary, dict) else None
-    if version != record.RECORD_VERSION:
-        return Problem(name, "another version", problems)
-    if problems:
-        return Problem(name, "edited", problems)
+    if faults := record.faults(config, rows, summary):
+        rules, lines = zip(*faults, strict=True)
+        kinds = {"version": "another version", "record": "edited"}
+        kind = next((kinds[rule] for rule in rules if rule in kinds), "broken rule")
+        return Problem(name, kind, lines, rules)
     config = {name: value for name, value in config.items() if name != "warnings"}
     return Run(folder, config, rows, summary)
 
@@ -189,6 +189,7 @@ def read_study(folder: Path) -> Study:
         index = record.read_json(path)
         if index["format"] != FORMAT:
             raise StudyError(f"{path} has format {index['format']}; this code reads {FORMAT}")
+        check_types(index, INDEX, "suite.json")
         said = {name: about["switches"] for name, about in index["runs"].items()}
         wrong = [p for name, run in runs.items() if (p := misplaced(name, run, index, said))]
         for problem in wrong:
@@ -211,6 +212,42 @@ def read_study(folder: Path) -> Study:
     return Study(folder, *head, tables, runs, [*problems, *wrong], failed, said, strays, list(said))
 
 
+# Types in suite.json: of values by key, * for every key; of the elements of a list, which may be null.
+INDEX = {
+    "suite": str,
+    "title": str,
+    "profile": str | None,
+    "command": str | None,
+    "tables": [
+        {
+            "name": str,
+            "title": str,
+            "note": str | None,
+            "published": [str],
+            "baseline": str | None,
+            "arms": [
+                {"name": str, "runs": [{"source": str, "target": str, "seed": int, "run": str}]}
+            ],
+        }
+    ],
+    "runs": {"*": {"problem": [str], "switches": dict}},
+}
+
+
+def check_types(value: Any, kind: Any, place: str) -> None:
+    """Raises TypeError, naming the place, where a value is not as `kind` (see INDEX) says."""
+    outer = type(kind) if isinstance(kind, list | dict) else kind
+    if not isinstance(value, outer | None if outer is list else outer):
+        raise TypeError(f"{place}: {record.shortened(value)}")
+    if isinstance(kind, list):
+        for number, element in enumerate(value or [], 1):
+            check_types(element, kind[0], f"{place} {number}")
+    elif isinstance(kind, dict):
+        for key, inner in kind.items():
+            for each in value if key == "*" else [key]:
+                check_types(value[each], inner, f"{place}: {each}")
+
+
 def misplaced(name: str, run: Run, index: Mapping, said: Mapping) -> Problem | None:
     """A record that is whole, but of another run than suite.json has under its name."""
     cells = [c for t in index["tables"] for a in t["arms"] for c in a["runs"] if c["run"] == name]
@@ -225,13 +262,6 @@ def misplaced(name: str, run: Run, index: Mapping, said: Mapping) -> Problem | N
             if run.config[what] != cell[what]
         ]
     return Problem(name, "another run", list(dict.fromkeys(lines))) if lines else None
-
-
-def plain(switch: str, value: Any) -> Any:
-    """A switch's value as the same on every machine: of paths what `config.hash_of` takes."""
-    if switch == "data":
-        return "toy" if value == "toy" else "PACS"
-    return Path(value).name if switch == "weights" else value
 
 
 def indexed(index: Mapping[str, Any], runs: Mapping[str, Run]) -> list[Table]:

@@ -51,7 +51,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -61,6 +61,8 @@ import torch
 import yaml
 from config import SWITCHES, Config, ConfigError, differing, pick_device, resolve
 from data import DataError, find_root
+from methods import attach
+from model import bare_model
 from screen import Screen
 from workers import LOG, Failure, Job, Local, Ray, WorkersError, slots
 
@@ -72,6 +74,7 @@ SPANS = ("sources", "targets", "seeds")
 SUITE_KEYS = ("title", "defaults", *SPANS, "tables", "profiles")
 TABLE_KEYS = ("title", "note", "published", "baseline", "switches", "arms", "grid", "name", *SPANS)
 PROFILE_KEYS = ("defaults", *SPANS, "tables")
+TEXTS = {"title": str, "name": str, "note": str | None, "baseline": str | None}
 OWN = ("source", "target", "seed", "out")  # switches that an arm may not set
 
 FAILURE = "failure.json"  # in the folder of a run that failed, until it is done
@@ -151,6 +154,12 @@ def check_keys(place: str, mapping: Any, known: Sequence[str], needed: Sequence[
     for key in {"defaults", "tables", "profiles", "switches", "arms", "grid"} & set(mapping):
         if not isinstance(mapping[key], dict):
             raise SuiteError(f"{place}: {key}: {mapping[key]!r} is not allowed; allowed: a mapping")
+    for key in {"tables", "profiles"} & set(mapping):
+        if odd := [name for name in mapping[key] if not isinstance(name, str) or not name]:
+            raise SuiteError(f"{place}: {key}: {odd[0]!r} is not allowed as a name; allowed: text")
+    for key, kind in TEXTS.items():
+        if key in mapping and not isinstance(mapping[key], kind):
+            raise SuiteError(f"{place}: {key}: {mapping[key]!r} is not allowed; allowed: text")
     labels = mapping.get("published") or []
     if not isinstance(labels, list):
         raise SuiteError(f"{place}: published: {labels!r} is not allowed; allowed: a list")
@@ -263,6 +272,8 @@ def expand(suite: Mapping[str, Any], forced: Mapping[str, Any], device: str) -> 
                 said = suite["defaults"] | switches | forced
                 run, warned = one_run(place, arm, said, source, target, seed, device)
                 warnings += warned
+                if not cells:  # the arm's other runs have the same layers
+                    check_layers(run)
                 other = runs.setdefault(run.name, run)
                 if different := differing(other.config.as_dict(), run.config.as_dict()):
                     raise SuiteError(
@@ -271,6 +282,8 @@ def expand(suite: Mapping[str, Any], forced: Mapping[str, Any], device: str) -> 
                     )
                 name = names.setdefault(run.config.hash(), run.name)
                 cells.append({"source": source, "target": target, "seed": seed, "run": name})
+            if any(other["name"] == arm for other in arms):
+                raise SuiteError(f"{place}: two arms of this table have that name; allowed: one")
             arms.append({"name": arm, "runs": cells})
         if not any(arm["runs"] for arm in arms):
             raise SuiteError(f"table {table_name}: has no runs; it needs arms, and a source that "
@@ -309,6 +322,15 @@ def one_run(
     return Run(name, place, {n: values[n] for n in said} | {"device": device}, config), warnings
 
 
+def check_layers(run: Run) -> None:
+    """Raises SuiteError where the network does not have the layers of a run, or not as many p_zero."""
+    if run.config.layers:
+        try:
+            attach(bare_model(), replace(run.config, attach="hooks")).remove()
+        except ConfigError as error:
+            raise SuiteError(f"{run.place}: {error}") from None
+
+
 # --- what is there ----------------------------------------------------------------------------
 
 
@@ -321,7 +343,8 @@ class State(NamedTuple):
 
 def state_of(folder: Path, config: Config) -> State:
     """done: a whole record of this run. new: nothing. killed: begun, and can be continued.
-    broken: a file is half-written. other: a record that is not of this run, or was edited.
+    broken: a file is half-written. other: a record that is not of this run, was edited, or is of
+    a run that was not as it must be.
     """
     saved, summary = folder / "config.yaml", folder / "summary.json"
     if not saved.exists() and not summary.exists():
@@ -384,14 +407,19 @@ def lock(out: Path, name: str, wait: bool = False) -> BinaryIO | None:
 
 
 def work(config: Config) -> float:
-    """Cost of a run in training images of 224 x 224. A tested image counts as a third."""
+    """Cost of a run in training images of 224 x 224. An image without a backward pass is a third."""
     source, target = (
         sum(record.images_per_class(config, domain)) for domain in (config.source, config.target)
     )
     trained = round(source * (1 - config.holdout))
     epochs, updates = config.length(trained)
-    tested = target + source - trained + trained * config.bn_recalibration
+    once_more = config.bn_recalibration + (config.test_set == "source-train")
+    tested = target * (1 + (config.mode == "adabn")) + source - trained + trained * once_more
     passes = epochs * trained if config.updates is None else updates * config.batch_size
+    if config.mode == "da":  # the maps are recorded first, of each domain
+        passes *= 1 + len(config.mask_sources or (config.target,)) / 3
+    elif config.mode == "dann":
+        passes *= 2  # the target's images go along
     return (passes + epochs * tested / 3) * (config.image_size / 224) ** 2
 
 

@@ -1,13 +1,16 @@
 """The audit finds what a record or a comparison must not be; each rule by a study that breaks it."""
 
+import re
 from dataclasses import replace
 
 import audit
 import pytest
 import record
+import report
 import yaml
 from config import resolve
-from made_records import SMALL, seal_again, write_run, write_suite
+from made_records import SMALL, seal_again, write, write_run, write_suite
+from PIL import Image
 from study import read_run, read_study
 
 
@@ -32,11 +35,6 @@ def changed(path, **keys) -> str:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return write_suite(tmp_path_factory.mktemp("audit") / "small")
-
-
-@pytest.fixture
-def run(whole):
-    return read_run(whole / "da-art_painting-cartoon-s0")
 
 
 def test_a_sound_study_passes(whole, capsys):
@@ -152,37 +150,63 @@ def test_the_layers_that_switches_name(tmp_path, switches, expected):
     assert list(audit.hooks(run)) == []
 
 
-def test_a_test_on_another_number_of_images(run):
-    rows = [dict(row, target_total=2048) for row in run.rows]
-    found = list(audit.k_of_n(replace(run, rows=rows)))
-    assert found[0] == "epoch 1: tested on 2048 images; the target has 2344"
-    assert list(audit.k_of_n(run)) == []
+def untested_class(config, rows):
+    """The target's first class was not tested: 389 of the 2344 images of cartoon."""
+    for row in rows:
+        row["target_confusion"][0] = [0] * 7
+        correct = sum(counts[i] for i, counts in enumerate(row["target_confusion"]))
+        row |= {"target_correct": correct, "target_total": 2344 - 389}
+        row["target_accuracy"] = record.percent(correct, 2344 - 389)
 
 
-def test_more_labelled_images_than_the_source_has(run):
-    rows = [dict(row, source_train_total=2048 + 2344) for row in run.rows]
-    found = list(audit.labels(replace(run, rows=rows)))
-    assert found[0] == "epoch 1: trained on 4392 images, the source has 2048"
+def of_rows(**values):
+    return lambda config, rows: [row.update(values) for row in rows]
 
 
-def test_a_selection_without_held_out_images(run):
-    found = list(audit.labels(replace(run, summary=dict(run.summary, selected_epoch=2))))
-    assert found == ["an epoch was selected, but no source image was held out to do it by"]
+BROKEN = [
+    (
+        "da",
+        untested_class,
+        {"k of n"},
+        r"epoch 1: tested on \[0, .* images of the classes; cartoon",
+    ),
+    ("da", of_rows(bn_untouched=False), {"BatchNorm"}, "bn_untouched is False, not True"),
+    ("da", of_rows(bn_untouched=None), {"BatchNorm"}, "bn_untouched is None, not True"),
+    ("baseline", of_rows(bn_untouched=True), {"BatchNorm"}, "bn_untouched is True, not None"),
+    ("da", lambda c, rows: rows.pop(), {"length"}, "metrics.jsonl has 2 epochs; 48 updates take 3"),
+    ("da", of_rows(passes=32), {"length", "hooks"}, "passes is 32, not 16"),
+    ("da", of_rows(fired={"layer1.1.conv1": 15}), {"hooks"}, "fired 15 times in 16 passes"),
+    (
+        "da",
+        of_rows(source_train_total=4392, source_train_correct=1098, source_train_accuracy=25.0),
+        {"labels"},
+        "source_train_total is 4392, not 2048",
+    ),
+    ("da", lambda c, _: c.update(mask_sources=["cartoon"]), {"labels"}, "mask_sources has cartoon"),
+    ("da", lambda c, _: c.update(holdout=0.1), {"labels"}, "0 images are held out, but holdout is"),
+]
 
 
-def test_batch_norm_statistics_that_moved(run):
-    assert run.summary["bn_untouched"] is True
-    for untouched in (False, None):
-        moved = replace(run, summary=dict(run.summary, bn_untouched=untouched))
-        assert list(audit.batch_norm(moved)) == [
-            f"record_mode eval, but bn_untouched is {untouched}"
-        ]
-
-
-def test_target_images_in_a_method_without_them(whole):
-    run = read_run(whole / "baseline-art_painting-cartoon-s0")
-    run = replace(run, summary=dict(run.summary, bn_untouched=True))
-    assert len(list(audit.batch_norm(run))) == 1
+@pytest.mark.parametrize("mode, harm, rules, words", BROKEN)
+def test_an_honest_record_of_a_faulty_run(tmp_path, mode, harm, rules, words, capsys):
+    """Sealed, and all in it follows from its rows: not edited, in no table, and the rule is named."""
+    folder = write_suite(tmp_path / "small")
+    name = f"{mode}-art_painting-cartoon-s0"
+    config, rows, summary = record.read(folder / name)
+    harm(config, rows)
+    about = summary["layer_names"], summary["weights"]["sha256"], summary["versions"]
+    write(folder / name, config, rows, *about)
+    study = read_study(folder)
+    (problem,) = study.problems
+    assert problem.kind == "broken rule" and problem.fails
+    assert name not in study.runs and name in study.missing
+    result = audit.audit(study)
+    assert failed(result) == rules and {r.where for r in result.failures} == {name}
+    assert any(re.search(words, r.what) for r in result.failures)
+    assert {result.checked[rule] for rule in ("record", "k of n", "hooks", "BatchNorm")} == {18}
+    assert audit.main([str(folder)]) == 1
+    assert "edited" not in capsys.readouterr().out.replace("unedited", "")
+    assert record.check(folder / name)  # for suite.py and run.py it is no whole record
 
 
 # --- several records --------------------------------------------------------------------------
@@ -313,6 +337,34 @@ def test_without_a_suite_every_difference_is_named(tmp_path):
     assert {r.what for r in result.remarks} >= {"batch_size 128 -> 256", "updates 48 -> 24"}
 
 
+WRONG_TYPES = [
+    ("tables.0.name", 1, "suite.json: tables 1: name: 1"),
+    ("tables.0.note", {"a": "b"}, "suite.json: tables 1: note: {'a': 'b'}"),
+    ("tables.0.title", [1, 2], "suite.json: tables 1: title: [1, 2]"),
+    ("tables.0.published", [3], "suite.json: tables 1: published 1: 3"),
+    ("tables.0.baseline", ["b"], "suite.json: tables 1: baseline: ['b']"),
+    ("tables.0.arms.1.runs.0.seed", "0", "suite.json: tables 1: arms 2: runs 1: seed: '0'"),
+    ("tables", None, "not as suite.py writes it"),
+    ("title", None, "suite.json: title: None"),
+    ("runs.da-art_painting-cartoon-s0", 3, "suite.json: runs: da-art_painting-cartoon-s0: 3"),
+]
+
+
+@pytest.mark.parametrize("path, value, words", WRONG_TYPES)
+def test_a_suite_json_of_wrong_types_is_refused_by_place(
+    whole, tmp_path, path, value, words, capsys
+):
+    index = place = record.read_json(whole / "suite.json")
+    *first, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    for key in first:
+        place = place[key]
+    place[last] = value
+    record.write_json(tmp_path / "suite.json", index)
+    assert audit.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["a", "b"], ["nowhere"]])
 def test_bad_input(arguments, capsys):
     assert audit.main(arguments) == 2
@@ -327,3 +379,24 @@ def test_an_empty_folder_and_a_foreign_index(tmp_path, capsys):
         (tmp_path / "suite.json").write_text(text)
         assert audit.main([str(tmp_path)]) == 2
         assert words in capsys.readouterr().err
+
+
+# --- a page of them ---------------------------------------------------------------------------
+
+
+def test_a_page_names_what_cannot_be_read(tmp_path):
+    """Broken pictures and a row with NaN: the page is made, says so, and shows the rest."""
+    folder = write_suite(tmp_path / "small")
+    pictures = [folder / f"da-art_painting-cartoon-s{seed}" / "maps.png" for seed in range(3)]
+    pictures[0].mkdir()
+    pictures[1].write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    Image.linear_gradient("L").save(pictures[2])
+    broken = folder / "da-art_painting-sketch-s0" / "metrics.jsonl"
+    broken.write_text(re.sub(r'"train_loss": [\d.]+', '"train_loss": NaN', broken.read_text()))
+    assert report.main([str(folder)]) == audit.FAILED
+    text = (folder / "report.html").read_text()
+    for picture in pictures[:2]:
+        assert f"{picture.parent.name}: maps.png cannot be read as a picture." in text
+    assert text.count("data:image/png") == 1
+    assert "Maps of da-art_painting-cartoon-s2" in text
+    assert "da-art_painting-sketch-s0: edited: cannot be computed again: ValueError" in text

@@ -197,6 +197,18 @@ def test_hash_ignores_where_and_sees_what():
     assert config.run_name.startswith("da-art_painting-sketch-4-s0-")
 
 
+def test_the_same_run_where_data_and_weights_lie_elsewhere():
+    here = config_of(data="/some/where", weights="/a/r18.pth").as_dict()
+    there = config_of(data="/else/where", weights="/b/r18.pth").as_dict()
+    assert differing(here, there) == []
+    assert differing(here, there | {"weights": "/b/r50.pth"}) == [
+        "weights: '/a/r18.pth' -> '/b/r50.pth'"
+    ]
+    assert differing(here, there | {"data": "toy"}) == ["data: '/some/where' -> 'toy'"]
+    for odd in (3, None, [1]):  # what a broken config.yaml may hold
+        assert differing(here | {"weights": odd}, here) == [f"weights: {odd!r} -> '/a/r18.pth'"]
+
+
 def test_differing_names_old_and_new():
     old, new = config_of(epochs=3).as_dict(), config_of(epochs=5, workers=2).as_dict()
     assert differing(old, new) == ["epochs: 3 -> 5"]

@@ -12,6 +12,7 @@ import run
 import torch
 import yaml
 from config import resolve
+from study import read_run
 from torchmetrics.functional.classification import multiclass_accuracy
 
 
@@ -349,6 +350,48 @@ def test_a_record_of_other_switches(folder):
 def test_nonsense_is_a_problem_and_no_crash(folder, text, name):
     (folder / name).write_text(text)
     assert record.check(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("metrics.jsonl", r'"train_loss": [\d.]+', '"train_loss": NaN'),
+        ("summary.json", r'"seconds": [\d.]+', '"seconds": Infinity'),
+        ("config.yaml", r"lr: [\d.]+", "lr: .nan"),
+        ("config.yaml", r"seed: 0", "seed: 2020-01-01"),
+        ("metrics.jsonl", r'"fired": \{.*?\}', '"fired": ["layer1.1.conv1"]'),
+    ],
+)
+def test_what_json_cannot_hold_is_a_problem_and_no_crash(folder, name, old, new):
+    path = folder / name
+    text, count = re.subn(old, new, path.read_text())
+    path.write_text(text)
+    assert count and any("cannot be computed again: " in line for line in record.check(folder))
+    assert read_run(folder).kind == "edited"
+
+
+def test_a_fired_that_is_no_mapping_in_a_sealed_record(folder):
+    config, rows, summary = record.read(folder)
+    for part in (*rows, summary):
+        part["fired"] = []
+    summary["fired"] = {}
+    record.write_json_lines(folder / "metrics.jsonl", rows)
+    record.write_json(folder / "summary.json", record.sealed(summary, config, rows))
+    assert any("AttributeError" in line for line in record.check(folder))
+
+
+def test_held_out_images_that_change_between_epochs(folder):
+    """Each epoch's figures follow from its own counts, and the first one's fit the switches."""
+
+    def one_more(rows):
+        rows[1]["holdout_confusion"][0][0] += 1
+        correct, total = rows[1]["holdout_correct"] + 1, rows[1]["holdout_total"] + 1
+        rows[1] |= {"holdout_total": total, "holdout_correct": correct}
+        rows[1]["holdout_accuracy"] = record.percent(correct, total)
+
+    (problem,) = rewritten(folder, one_more)
+    assert re.search(r"epoch 2: holdout_total is 8, not 7", problem)
+    assert read_run(folder).kind == "broken rule"
 
 
 def test_how_many_images_a_domain_has():

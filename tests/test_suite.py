@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import audit
 import pytest
 import record
 import run as run_py
@@ -21,7 +23,9 @@ import suite
 import workers
 import yaml
 from config import resolve
+from made_records import write
 from stand_in import Stand
+from study import read_study
 
 SUITE_PY = Path(suite.__file__)
 SUITES = sorted(path.stem for path in suite.SUITES.glob("*.yaml"))
@@ -314,6 +318,67 @@ BAD = {
     ),
     "one seed twice": ({"seeds": [1, 1]}, r"seeds: \[1, 1\] is not allowed; allowed: a list of"),
     "a seed that is no number": ({"seeds": [1, "1"]}, r"seeds: '1' is not allowed; allowed: whole"),
+    "a baseline that is a list": (
+        {"tables": {"one": table(baseline=["b"])}},
+        r"small.yaml: table one: baseline: \['b'\] is not allowed; allowed: text",
+    ),
+    "a table whose name is a number": (
+        {"tables": {1: table()}},
+        r"small.yaml: tables: 1 is not allowed as a name; allowed: text",
+    ),
+    "a note that is a mapping": (
+        {"tables": {"one": table(note={"a": "b"})}},
+        r"table one: note: \{'a': 'b'\} is not allowed; allowed: text",
+    ),
+    "a title that is a list": ({"title": [1, 2]}, r"small.yaml: title: \[1, 2\] is not allowed"),
+    "a table's title that is a number": (
+        {"tables": {"one": table(title=3)}},
+        r"table one: title: 3 is not allowed; allowed: text",
+    ),
+    "a note of a profile": (
+        {"profiles": {"full": {"tables": {"one": {"note": 3}}}}, "tables": {"one": table()}},
+        r"profile full: table one: note: 3 is not allowed; allowed: text",
+    ),
+    "a name that is a list": (
+        {"tables": {"one": table(**GRID, name=["r"])}},
+        r"table one: name: \['r'\] is not allowed; allowed: text",
+    ),
+    "a layer that is not there": (
+        {"tables": {"one": table(arms={"a": {"mode": "da", "layers": [99]}})}},
+        r"table one, arm a: layers: there is no conv 99; this model has 1 conv1, 2 layer1.0.conv1",
+    ),
+    "a layer of a grid that is not there": (
+        {
+            "tables": {
+                "one": table(arms={}, grid={"layers": [1, "x"]}, name="r{layers}")
+                | {"switches": {"mode": "random", "p_zero": 0.5}}
+            }
+        },
+        r"table one, arm rx: layers: there is no module 'x'; this model has conv1, bn1",
+    ),
+    "three p_zero for one layer": (
+        {
+            "tables": {
+                "one": table(
+                    switches={"p_zero": [0.1, 0.2, 0.3]},
+                    arms={"a": {"mode": "random", "layers": 1}},
+                )
+            }
+        },
+        r"table one, arm a: p_zero: 3 values for 1 layers; give one, or one a layer",
+    ),
+    "two equal arms of one name": (
+        {
+            "tables": {
+                "one": table(**GRID | {"arms": {"r-0.1": {"p_zero": 0.1}}}, name="r-{p_zero}")
+            }
+        },
+        r"table one, arm r-0.1: two arms of this table have that name",
+    ),
+    "one value of a grid twice": (
+        {"tables": {"one": table(**GRID | {"grid": {"p_zero": [0.1, 0.10]}}, name="r-{p_zero}")}},
+        r"table one, arm r-0.1: two arms of this table have that name",
+    ),
     "no tables": ({"tables": {}}, r"tables: there is none"),
     "a tag that is no list": (
         {"tables": {"one": table(published="report-B report T3")}},
@@ -359,11 +424,12 @@ BAD = {
 @pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD)
 def test_a_bad_suite_is_refused_by_name(changes, message, tmp_path, capsys):
     out = tmp_path / "out"
-    assert suite.main([small(tmp_path, **changes), "--out", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert re.search(message, error) and "Traceback" not in error
-    assert len(error.splitlines()) == 1 and error.startswith("suite.py: error: ")
-    assert not out.exists()
+    for how in ([], ["--dry-run"]):
+        assert suite.main([small(tmp_path, **changes), "--out", str(out), *how]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error) and "Traceback" not in error
+        assert len(error.splitlines()) == 1 and error.startswith("suite.py: error: ")
+        assert not out.exists()
 
 
 def test_a_key_given_twice_is_refused(tmp_path, capsys):
@@ -430,6 +496,27 @@ def test_what_auto_would_come_to_is_settled_where_runs_go(tmp_path):
     for device, amp in (("cpu", "off"), ("cuda", "float16")):  # no GPU is needed to plan for one
         (run,) = suite.expand(content, {}, device).runs
         assert run.config.amp == amp == run.said["amp"] and run.said["device"] == device
+
+
+WORK = [  # in passes through 8 images forward and back; a test of 8 is a third of one
+    ({"mode": "baseline"}, 3 + 3 / 3),
+    ({"mode": "baseline", "bn_recalibration": True}, 3 + 2 * 3 / 3),
+    ({"mode": "random", "layers": [1], "p_zero": 0.5}, 3 + 3 / 3),
+    ({"mode": "dropout2d", "layers": [1], "drop_rate": 0.5}, 3 + 3 / 3),
+    ({"mode": "da", "layers": [4]}, 3 * 4 / 3 + 3 / 3),
+    ({"mode": "da", "layers": [4], "mask_sources": ["photo", "sketch"]}, 3 * 5 / 3 + 3 / 3),
+    ({"mode": "dann"}, 3 * 2 + 3 / 3),
+    ({"mode": "adabn"}, 3 + 2 * 3 / 3),
+    ({"mode": "baseline", "test_set": "source-train"}, 3 + 2 * 3 / 3),
+]
+
+
+@pytest.mark.parametrize("switches, passes", WORK)
+def test_what_a_run_costs_follows_from_what_its_method_does(switches, passes):
+    said = {"preset": "course-template", "data": PACS, "limit": 8, "epochs": 3, "device": "cpu"}
+    config, _ = resolve(said | {"target": "cartoon", "image_size": 112} | switches)
+    images = 8 * 7  # of every domain, at a quarter of the pixels
+    assert suite.work(config) == pytest.approx(passes * images / 4)
 
 
 # --- scheduling, with a stand-in for run.py ---------------------------------------------------
@@ -811,3 +898,71 @@ def test_an_edited_record_is_refused(whole, tmp_path, capsys):
     assert suite.main([path, "--out", str(out)]) == 2
     assert f"{out / DA}: edited after the run: the seal does not fit" in capsys.readouterr().err
     assert contents(out) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ["NaN", "broken rule"])
+def test_a_record_that_is_not_to_be_used_is_refused_in_a_dry_run_too(whole, tmp_path, capsys, harm):
+    path, expected = whole
+    out = tmp_path / "out"
+    subprocess.run(["cp", "-r", str(expected), str(out)], check=True)
+    config, rows, summary = record.read(out / DA)
+    if harm == "NaN":
+        words = "cannot be computed again: ValueError"
+        lines = [json.dumps(row | {"train_loss": math.nan}) for row in rows]
+        (out / DA / "metrics.jsonl").write_text("\n".join(lines))
+    else:
+        words = "bn_untouched is True, not False"
+        rows = [row | {"bn_untouched": True} for row in rows]
+        write(out / DA, config, rows, summary["layer_names"])
+    before = contents(out)
+    for how in ([], ["--dry-run"]):
+        assert suite.main([path, "--out", str(out), *how]) == 2
+        error = capsys.readouterr().err
+        assert f"{out / DA}: " in error and words in error and "Traceback" not in error
+    assert contents(out) == before
+
+
+@pytest.mark.slow
+def test_data_and_weights_that_lie_elsewhere_are_the_same_run(
+    pacs, imagenet_weights, tmp_path, capsys
+):
+    """What is done stays, what was killed goes on with the paths now given; so does one run alone."""
+    places = {}
+    for place in ("old", "new"):
+        (tmp_path / place).mkdir()
+        data, weights = tmp_path / place / "PACS", tmp_path / place / "r18.pth"
+        data.symlink_to(pacs)
+        weights.symlink_to(imagenet_weights)
+        places[place] = ["--data", str(data), "--weights", str(weights)]
+    tiny = {"limit": 2, "image_size": 32, "epochs": 2, "batch_size": 7, "device": "cpu"}
+    path = small(tmp_path, defaults=tiny | {"cache": str(tmp_path / "cache")}, seeds=[0, 1])
+    out = tmp_path / "out"
+    arguments = [path, "--out", str(out), "--keep-checkpoints"]
+    assert suite.main([*arguments, *places["old"]]) == 0
+    done, killed = (out / f"baseline-art_painting-cartoon-s{seed}" for seed in (0, 1))
+    before, expected = contents(done), result_of(killed)
+
+    def as_it_was(folder):
+        """Its first paths are in it still: the record is of the data and weights that it began with."""
+        assert record.check(folder) == [] and result_of(folder) == expected
+        assert record.read_yaml(folder / "config.yaml")["weights"] == places["old"][3]
+
+    (killed / "summary.json").unlink()
+    capsys.readouterr()
+    assert suite.main([*arguments, *places["new"]]) == 0
+    assert "2 runs, 1 done, 1 to do" in capsys.readouterr().out
+    assert contents(done) == before
+    as_it_was(killed)
+    index = record.read_json(out / "suite.json")
+    assert {about["switches"]["weights"] for about in index["runs"].values()} == {places["new"][3]}
+    study = read_study(out)
+    assert not study.problems and not study.missing and audit.audit(study).passes
+
+    (killed / "summary.json").unlink()
+    alone = ["--resume", "--out", str(killed), "--device", "cpu"]
+    shutil.move(tmp_path / "old", tmp_path / "gone")
+    assert run_py.main([*alone, *places["new"]]) == 0
+    as_it_was(killed)
+    assert run_py.main([*alone, "--data", "toy"]) == 2  # another run
+    assert "data: " in capsys.readouterr().err
