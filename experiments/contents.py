@@ -11,10 +11,10 @@ import audit
 import findings
 import plots
 import published
-from findings import ALPHA, FIGURE, Comparison, counted
+from findings import ALPHA, FIGURE, HIGHER, LOWER, Comparison, counted
 from intervals import LEVEL, mean, spread, wilson
 from published import Published
-from study import Arm, Pair, Run, Study, Table, departures, over_seeds
+from study import Arm, Pair, Run, Study, Table, controls, departures, merged, over_seeds
 
 ARROW, DASH, PM = "\N{RIGHTWARDS ARROW}", "\N{EN DASH}", "\N{PLUS-MINUS SIGN}"
 WITHHELD = "No finding is drawn while the audit fails."
@@ -33,6 +33,7 @@ class Line(NamedTuple):
     planned: int
     published: Published | None
     comparison: Comparison | None  # with the table's baseline
+    controls: Sequence[Comparison]  # with what `study.controls` names, the baseline left out
 
     def values(self, name: str) -> list[float] | None:
         """A figure of the summaries, one a seed; None where some run has none.
@@ -68,24 +69,28 @@ def lines_of(table: Table, compared: Sequence[Comparison], rows: list[dict]) -> 
         rows: `published.rows()`.
     """
     found = []
+    known = {(c.reference.name, findings.same_runs(c.arm, c.reference)): c for c in compared}
     for arm in table.compared():
         pairs = [pair for pair in table.pairs if pair in arm.pairs]
-        base = table.baseline if arm is not table.baseline else None
-        same = [c for c in compared if c.arm.planned == arm.planned]
-        whole = next((c for c in same if base and c.reference.name == base.name), None)
-        if len(pairs) > 1:
-            keys = [key for key in arm.planned if key[:2] in pairs]
-            runs = [arm.runs[key] for key in keys if key in arm.runs]
-            found.append(Line(arm, None, pairs, runs, len(keys), None, whole))
-        for pair in pairs:
-            comparison = whole if len(pairs) == 1 else None
-            if base and comparison is None:
-                comparison = findings.compare(arm, base, table.name, [pair])
-                comparison = comparison._replace(confounds=whole.confounds if whole else ())
-            runs = arm.of(pair)
-            beside = published.find(runs[0], table.published, rows) if runs else None
-            planned = len(arm.seeds(pair))
-            found.append(Line(arm, pair, [pair], runs, planned, beside, comparison))
+        base = [table.baseline] if table.baseline and arm is not table.baseline else []
+        held = [r for a, r in controls(table) if a.name == arm.name]
+        against = base + [r for r in held if not table.baseline or r.name != table.baseline.name]
+        wholes = [known.get((r.name, findings.same_runs(arm, r))) for r in against]
+        for pair in [None, *pairs] if len(pairs) > 1 else pairs:
+            over = pairs if pair is None else [pair]
+            keys = [key for key in arm.planned if key[:2] in over]
+            runs = [arm.runs[key] for key in sorted(keys) if key in arm.runs]
+            told = wholes if pair is None else [
+                whole if whole and len(pairs) == 1
+                else findings.compare(arm, reference, table.name, over)._replace(
+                    confounds=whole.confounds if whole else ())
+                for reference, whole in zip(against, wholes, strict=True)
+            ]  # fmt: skip
+            beside = published.find(runs[0], table.published, rows) if runs and pair else None
+            found.append(
+                Line(arm, pair, over, runs, len(keys), beside, told[0] if base else None,
+                     [c for c in told[len(base) :] if c])
+            )  # fmt: skip
     return found
 
 
@@ -129,18 +134,30 @@ def seeds_text(line: Line) -> str:
 
 
 def difference_text(line: Line) -> str:
-    comparison = line.comparison
-    if comparison is None:
-        return ""
+    return difference(line.comparison, line.pairs) if line.comparison else ""
+
+
+def controls_text(line: Line) -> str:
+    """'bn-only: +4.7 ± 2.9, p 0.040', one after the other."""
+    found = [
+        f"{c.reference.name}: {difference(c, line.pairs)}"
+        + ("" if c.adjusted is None else f", p {findings.p_text(c.adjusted)}")
+        for c in line.controls
+    ]
+    return " / ".join(found)
+
+
+def difference(comparison: Comparison, pairs: Sequence[Pair]) -> str:
+    """'+4.7 ± 2.9', and what is to be known of it where it stands in a line of `pairs`."""
     found = comparison.estimate
     if found is None:
         return comparison.verdict
     text = findings.signed(found.mean) if found.low is None else findings.with_interval(found)
     text += f"; {comparison.verdict}" if found.low is None else ""
     text += f"; {comparison.gaps}" if comparison.gaps else ""
-    if set(comparison.pairs) == set(line.pairs):
+    if set(comparison.pairs) == set(pairs):
         return text
-    over = f"{len(comparison.pairs)} of {len(line.pairs)} pairs"
+    over = f"{len(comparison.pairs)} of {len(pairs)} pairs"
     if len(comparison.pairs) == 1:
         over = f" {ARROW} ".join(comparison.pairs[0])
     return f"{text}; over {over}"
@@ -150,7 +167,8 @@ def verdict_text(line: Line) -> str:
     comparison = line.comparison
     if comparison is None or comparison.adjusted is None:
         return ""
-    return f"{comparison.verdict} (p {findings.p_text(comparison.adjusted)})"
+    confounded = ", confounded" if comparison.confounds else ""
+    return f"{comparison.verdict} (p {findings.p_text(comparison.adjusted)}){confounded}"
 
 
 def counts_text(line: Line) -> str:
@@ -172,8 +190,13 @@ def majority_text(line: Line) -> str:
 def flags_text(line: Line) -> str:
     collapsed = sum(run.summary["collapsed"] for run in line.runs)
     flags = [f"one class in {collapsed} of {counted(len(line.runs), 'run')}"] if collapsed else []
-    if line.comparison is not None and line.comparison.confounds:
-        flags.append(f"confounded: {', '.join(line.comparison.confounds)}")
+    beside: dict[str, list[str]] = {}
+    for c in ([line.comparison] if line.comparison else []) + list(line.controls):
+        if c.confounds:
+            beside.setdefault(", ".join(c.confounds), []).append(c.reference.name)
+    for what, names in beside.items():
+        alone = line.comparison and names == [line.comparison.reference.name]
+        flags.append(f"confounded{'' if alone else ' beside ' + ', '.join(names)}: {what}")
     return "; ".join(flags)
 
 
@@ -189,6 +212,7 @@ COLUMNS = (
     Column("Published", published_text),
     Column("Last epoch", last_text),
     Column("Seeds", seeds_text),
+    Column("Minus control", controls_text, "control"),
     Column("Minus baseline", difference_text),
     Column("Verdict", verdict_text, "verdict"),
     Column("k of n", counts_text),
@@ -249,6 +273,14 @@ class Report(NamedTuple):
         """The family that Holm's correction is over."""
         return [c for c in self.comparisons if c.adjusted is not None]
 
+    @property
+    def apart(self) -> str:
+        """How many comparisons differ from zero; the confounded ones are not among them."""
+        sound = [c for c in self.tested if not c.confounds]
+        text = f"{sum(c.verdict in (HIGHER, LOWER) for c in sound)} of {len(sound)}"
+        aside = len(self.tested) - len(sound)
+        return text + (f"; {aside} confounded aside" if aside else "")
+
 
 def build(study: Study) -> Report:
     result = audit.audit(study)
@@ -258,7 +290,8 @@ def build(study: Study) -> Report:
             confounds.setdefault(remark.where, []).append(remark.what)
     compared = findings.comparisons(study, confounds)
     rows = published.rows()
-    sections = [section_of(study, table, lines_of(table, compared, rows)) for table in study.tables]
+    told = compared if result.passes else [c._replace(adjusted=None) for c in compared]
+    sections = [section_of(study, table, lines_of(table, told, rows)) for table in study.tables]
     limits = limits_of(list(study.runs.values()))
     if not result.passes:
         return Report(study, result, compared, sections, [WITHHELD], {"": [WITHHELD]}, limits)
@@ -285,12 +318,13 @@ def section_of(study: Study, table: Table, lines: list[Line]) -> Section:
 def notes_of(table: Table, lines: Sequence[Line]) -> list[str]:
     """What stands below a table: its note, and what is to be known of published figures."""
     notes = [table.note] if table.note else []
+    if runs := [run for line in lines for run in line.runs]:
+        notes.append(f"Runs of {budget(runs)}.")
     for line in lines:
         found = line.published
-        if found and (found.also or found.status != "valid"):
-            text = (
-                f"Published {found.accuracy:.2f} for {line.arm.name}, {line.pair[1]}: {found.note}."
-            )
+        if found and (found.also or found.doubts or found.status != "valid"):
+            told = "; ".join([found.note, *found.doubts])
+            text = f"Published {found.accuracy:.2f} for {line.arm.name}, {line.pair[1]}: {told}."
             if found.also:
                 text += f" The same source also has {', '.join(found.also)}."
             notes.append(text)
@@ -301,7 +335,10 @@ def sentences(
     study: Study, compared: Sequence[Comparison], sections: Sequence[Section]
 ) -> dict[str, list[str]]:
     """Every finding, by heading."""
-    arms = {arm.name: arm for section in sections for arm in section.table.compared()}
+    by_name: dict[str, list[Arm]] = {}
+    for arm in (arm for section in sections for arm in section.table.compared()):
+        by_name.setdefault(arm.name, []).append(arm)
+    arms = [merged(same) for same in by_name.values()]
     lines = [line for section in sections for line in section.lines if line.published]
     told = [findings.against_published(line.arm, line.pair, line.published) for line in lines]
     beside = list(dict.fromkeys(text for text in told if text))
@@ -310,14 +347,20 @@ def sentences(
             f"{counted(told.count(None), 'published figure')} in the tables not compared with ours: "
             "our runs depart from the protocol."
         )
+    judged = sum(": inside" in text or ": outside" in text for text in beside)
+    if judged > 1:
+        beside.append(
+            f"Each of the {judged} figures is held against an interval of its own at {LEVEL:.0%}: of "
+            f"as many runs like ours about {judged * (1 - LEVEL):.1f} lie outside by chance."
+        )
     return {
         "Comparisons": [c.sentence for c in compared],
         "Beside the published figures": beside,
-        "Collapse": findings.collapsed(list(arms.values())),
+        "Collapse": findings.collapsed(arms),
         "The choice of the epoch": findings.epoch_choice(
             [run for name, run in study.runs.items() if name not in study.strays]
         ),
-        "Testing on the training images": findings.mistake(list(arms.values())),
+        "Testing on the training images": findings.mistake(arms),
     }
 
 
@@ -331,7 +374,13 @@ def limits_of(runs: Sequence[Run]) -> list[str]:
     departed = told(Counter(text for run in runs for text in departures(run)))
     warned = Counter(text for run in runs for text in run.summary["warnings"])
     warned = Counter({text: n for text, n in warned.items() if not text.startswith("collapsed")})
-    return ([f"Not the protocol: {'; '.join(departed)}."] if departed else []) + told(warned)
+    limits = [f"Not the protocol: {'; '.join(departed)}."] if departed else []
+    if runs and not any(run.config["holdout"] for run in runs):
+        limits.append(
+            "No epoch is selected on source images, and no column shows one: none are held out for it "
+            "(holdout 0), as in the published protocols."
+        )
+    return limits + told(warned)
 
 
 def versions_of(runs: Sequence[Run]) -> list[str]:
@@ -356,7 +405,8 @@ def what_was_run(study: Study) -> str:
     if not runs:
         return "No run is finished."
     data = "drawn images" if any(r.config["data"] == "toy" for r in runs) else "PACS"
-    arms = {arm.name for table in study.tables for arm in table.compared()}
+    tables = [table for table in study.tables if any(arm.runs for arm in table.arms)]
+    arms = {arm.name for table in tables for arm in table.compared() if arm.runs}
     limits = {r.config["limit"] for r in runs}
     images = (
         f"at most {either(limits - {None})} images a class" if limits - {None} else "all images"
@@ -366,12 +416,18 @@ def what_was_run(study: Study) -> str:
     )
     return (
         f"ResNet-18 on {data}, trained on {sources} and tested on {targets}: "
-        f"{counted(len(arms), 'arm')} in {counted(len(study.tables), 'table')}, "
-        f"{counted(len({r.config['seed'] for r in runs}), 'seed')}. "
-        f"Runs of {either(r.summary['updates'] for r in runs)} updates with "
-        f"{either(r.config['batch_size'] for r in runs)} images, "
+        f"{counted(len(arms), 'arm')} in {counted(len(tables), 'table')}, "
+        f"{counted(len({r.config['seed'] for r in runs}), 'seed')}. Runs of {budget(runs)}, "
         f"{either(r.config['image_size'] for r in runs)} pixels a side, {images}."
     )
+
+
+def budget(runs: Sequence[Run]) -> str:
+    updates, images = (
+        either(values)
+        for values in ([r.summary["updates"] for r in runs], [r.config["batch_size"] for r in runs])
+    )
+    return f"{updates} updates with {images} images"
 
 
 def either(values: Iterable[int]) -> str:
@@ -399,9 +455,14 @@ HOW_TO_READ = (
     "are counted as missing. A mean over pairs is taken within each seed first, over pairs that every "
     "seed in it has; runs that would make seeds unlike are counted as left out, and a difference over "
     "fewer pairs than its line says over which. One seed has no interval.",
+    "Minus control: the same difference to the arm that it names, which does all that comes along with "
+    "the method and not the method (BatchNorm measured anew, target images in BatchNorm's statistics, "
+    "binarization), or which the suite names beforehand; with Holm's p.",
     f"Verdict: higher or lower where Holm's p, over all comparisons of the suite, is below {ALPHA}. "
     "An interval without zero whose p is not below it is named so. Anything else is not "
-    "distinguishable from zero. Lines of single pairs beside their mean have an interval and no verdict.",
+    "distinguishable from zero. Lines of single pairs beside their mean have an interval and no verdict. "
+    "Confounded comparisons, which differ in more than the method, are in Holm's family; they come last and "
+    "are in no count of verdicts.",
     f"Test set alone: Wilson's {LEVEL:.0%} interval of the mean k of n. So far other test images alone "
     "could move the figure, however many seeds there are.",
     "Epoch selected on source: accuracy on the target at the epoch that is best on held-out source "

@@ -5,7 +5,8 @@ full block of both that the two arms have in common. It is averaged over the pai
 the interval is Student's over the seeds: they are what is drawn at random, the pairs are chosen.
 
 The verdict looks at Holm's adjusted p value, with all comparisons of the suite as one family, each
-counted once however many tables show it.
+counted once however many tables show it. Confounded ones are of the family, but of no count of
+verdicts: they do not say what made the difference.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from intervals import Estimate, estimate, holm, mean, prediction
+from intervals import LEVEL, Estimate, estimate, holm, mean, prediction
 from published import Published
 from study import Arm, Key, Pair, Run, Study, departures, full_block, matchups, over_seeds, plain
 
@@ -130,10 +131,10 @@ def comparisons(study: Study, confounds: dict[str, list[str]]) -> list[Compariso
     Args:
         confounds: what the audit has to say, by "table: arm and reference".
     """
-    found: dict[tuple, Comparison] = {}
+    found: dict[frozenset, Comparison] = {}
     for table in study.tables:
         for arm, reference in matchups(table):
-            which = tuple(sorted(arm.planned.items())), reference.name
+            which = same_runs(arm, reference)
             if which not in found:
                 where = f"{table.name}: {arm.name} and {reference.name}"
                 result = compare(arm, reference, table.name)
@@ -144,6 +145,15 @@ def comparisons(study: Study, confounds: dict[str, list[str]]) -> list[Compariso
     return list(found.values())
 
 
+def same_runs(arm: Arm, reference: Arm) -> frozenset:
+    """What a comparison is known by in every table: the runs of both that are paired, by plan."""
+    keys = arm.planned.keys() & reference.planned.keys()
+    return frozenset(
+        (a.name if not keys else "", frozenset(a.planned[key] for key in keys))
+        for a in (arm, reference)
+    )
+
+
 # --- sentences --------------------------------------------------------------------------------
 
 
@@ -151,7 +161,8 @@ def tally(found: Sequence[Comparison]) -> str:
     """How the comparisons came out."""
     if not found:
         return "No two arms can be compared yet."
-    tested = [c for c in found if c.adjusted is not None]
+    sound = [c for c in found if not c.confounds]
+    tested = [c for c in sound if c.adjusted is not None]
     parts = [f"{counted(len(found), 'comparison')}"]
     if tested:
         words = {
@@ -162,18 +173,20 @@ def tally(found: Sequence[Comparison]) -> str:
         }
         counts = [(sum(c.verdict == v for c in tested), word) for v, word in words.items()]
         parts.append(", ".join(f"{n} {word}" for n, word in counts if n))
-    if untested := len(found) - len(tested):
+    if untested := len(sound) - len(tested):
         parts.append(f"{untested} without an interval, so without a verdict")
+    if aside := len(found) - len(sound):
+        parts.append(f"{aside} confounded, and not counted")
     return f"{parts[0]}: {'; '.join(parts[1:])}."
 
 
 def ranked(found: Sequence[Comparison]) -> list[Comparison]:
-    """The surest first: by verdict, then by the size of the difference."""
+    """The surest first: what is not confounded, then by verdict and by the size of the difference."""
     order = [HIGHER, LOWER, NOT_AFTER_HOLM, SAME, ONE_SEED, NO_SPREAD, NOTHING]
 
     def place(c: Comparison) -> tuple:
         sure = 0 if c.verdict in (HIGHER, LOWER) else order.index(c.verdict)
-        return sure, -abs(c.estimate.mean) if c.estimate else 0.0
+        return bool(c.confounds), sure, -abs(c.estimate.mean) if c.estimate else 0.0
 
     return sorted(found, key=place)
 
@@ -181,6 +194,7 @@ def ranked(found: Sequence[Comparison]) -> list[Comparison]:
 def against_published(arm: Arm, pair: Pair, published: Published) -> str | None:
     """A published figure beside what one more seed of ours would give.
 
+    Whether it lies inside is not said of one that `published.find` has doubts about.
     None where that says nothing: we have no runs, or they depart from the protocol in more than the
     file that their weights are from, which is named.
     """
@@ -191,18 +205,20 @@ def against_published(arm: Arm, pair: Pair, published: Published) -> str | None:
     values = [run.summary[FIGURE] for run in runs]
     text = f"{arm.name}, {pair[1]}: ours {mean(values):.1f} over {counted(len(values), 'seed')}"
     text += "" if weights == "imagenet" else f" with weights {weights}"
-    text += f", published {published.accuracy:.1f}"
+    text += f", published {published.accuracy:.2f}"
     if published.status != "valid":
         return f"{text}, which is no result ({published.status})"
+    known = [*published.doubts, *(f"the same source also has {other}" for other in published.also)]
+    text += f" ({'; '.join(known)})" if known else ""
     limits = prediction(values)
     if limits is None:
         return f"{text}; {ONE_SEED if len(values) == 1 else NO_SPREAD}"
     low, high = max(0.0, limits[0]), min(100.0, limits[1])  # of percent
+    where = f"{low:.1f} to {high:.1f} where one more seed of ours would lie, at {LEVEL:.0%}"
+    if published.doubts:
+        return f"{text}; beside the {where}"
     inside = low <= published.accuracy <= high
-    return (
-        f"{text}: {'inside' if inside else 'outside'} the {low:.1f} to {high:.1f} where one more "
-        "seed of ours would lie"
-    )
+    return f"{text}: {'inside' if inside else 'outside'} the {where}"
 
 
 def collapsed(arms: Sequence[Arm]) -> list[str]:

@@ -14,7 +14,7 @@ import audit
 import contents
 import plots
 from contents import Grid, Report, Section, grid_of, span
-from findings import FIGURE, HIGHER, LOWER, counted
+from findings import FIGURE, counted
 from intervals import wilson
 from PIL import Image
 from study import Study
@@ -237,14 +237,13 @@ def tile(name: str, value: str, kind: str = "") -> str:
 
 def tiles(report: Report) -> str:
     passes, tested = report.audit.passes, report.tested
-    apart = sum(c.verdict in (HIGHER, LOWER) for c in tested)
     failures = counted(len(report.audit.failures), "failure")
     return tag(
         "dl",
         tile("Runs", contents.progress(report.study), "open" if report.study.missing else "good"),
         tile("Audit", "passes" if passes else f"FAILS: {failures}", "good" if passes else "bad"),
         tile("Comparisons", f"{len(report.comparisons)}, {len(tested)} with an interval"),
-        tile("Distinguishable from zero", f"{apart} of {len(tested)}" if passes else "withheld"),
+        tile("Distinguishable from zero", report.apart if passes else "withheld"),
         class_="tiles",
     )
 

@@ -81,14 +81,19 @@ def panels(
 ) -> tuple[Figure, list[tuple[Pair, Axes]]]:
     """One panel for each source-target pair of `arms`, below one another."""
     pairs = [pair for pair in table.pairs if any(arm.of(pair) for arm in arms)][:PANELS]
+    figure, axes = titled([f"{source} to {target}" for source, target in pairs], arms, height)
+    return figure, list(zip(pairs, axes, strict=True))
+
+
+def titled(titles: Sequence[str], arms: Sequence[Arm], height: float) -> tuple[Figure, list[Axes]]:
     # of the legend, two columns wide
     below = 0.1 * len(arms) if len(arms) <= CURVES else 0.1 * CURVES
-    figure = Figure(figsize=(WIDTH, height * len(pairs) + 0.5 + below), layout="constrained")
-    axes = figure.subplots(len(pairs), 1, squeeze=False, sharex=True)[:, 0]
-    for pair, panel in zip(pairs, axes, strict=True):
-        panel.set_title(f"{pair[0]} to {pair[1]}", loc="left")
+    figure = Figure(figsize=(WIDTH, height * len(titles) + 0.5 + below), layout="constrained")
+    axes = figure.subplots(len(titles), 1, squeeze=False, sharex=True)[:, 0]
+    for title, panel in zip(titles, axes, strict=True):
+        panel.set_title(title, loc="left")
         panel.set_ylabel("accuracy (%)")
-    return figure, list(zip(pairs, axes, strict=True))
+    return figure, list(axes)
 
 
 def legend(figure: Figure, axes: Axes, columns: int) -> None:
@@ -224,16 +229,25 @@ def by_position(table: Table, published: PublishedOf) -> Picture | None:
 
 
 def learning_curves(table: Table) -> Picture | None:
+    """A panel a source-target pair; of many pairs one panel, of the mean over those all arms have."""
     arms = [arm for arm in table.compared() if arm.one]
-    if not arms or len(table.pairs) > PANELS or max(len(arm.one.rows) for arm in arms) < 2:
+    if not arms or max(len(arm.one.rows) for arm in arms) < 2:
         return None
     shown = arms[:CURVES]
-    figure, drawn = panels(table, shown, 2.8)
+    if len(table.pairs) > PANELS:
+        common = [pair for pair in table.pairs if all(arm.of(pair) for arm in shown)]
+        if not common:
+            return None
+        figure, axes = titled([f"mean over {len(common)} source-target pairs"], shown, 3.6)
+        drawn = [(common, axes[0])]
+    else:
+        figure, drawn = panels(table, shown, 2.8)
+        drawn = [([pair], axes) for pair, axes in drawn]
     many = len(shown) > len(COLOURS)
-    for pair, axes in drawn:
+    for pairs, axes in drawn:
         for i, arm in enumerate(shown):
-            runs = arm.of(pair)
-            if not runs:
+            by_pair = [runs for runs in map(arm.of, pairs) if runs]
+            if not by_pair:
                 continue
             colour = (
                 matplotlib.colormaps["viridis"](0.25 + 0.7 * i / len(shown)) if many else COLOURS[i]
@@ -241,13 +255,20 @@ def learning_curves(table: Table) -> Picture | None:
             style = {"color": colour, "lw": 1.5}
             if arm is table.baseline:
                 style |= {"color": REFERENCE, "ls": "--"}
-            length = min(len(run.rows) for run in runs)
-            values = [[run.rows[e]["target_accuracy"] for run in runs] for e in range(length)]
-            axes.plot(range(1, length + 1), [mean(v) for v in values], label=arm.name, **style)
+            length = min(len(run.rows) for runs in by_pair for run in runs)
+            values = [
+                mean([mean([run.rows[e]["target_accuracy"] for run in runs]) for runs in by_pair])
+                for e in range(length)
+            ]
+            axes.plot(range(1, length + 1), values, label=arm.name, **style)
         axes.xaxis.get_major_locator().set_params(integer=True)
     drawn[-1][1].set_xlabel("epoch")
     legend(figure, drawn[0][1], 2)
     caption = "Accuracy on the target after each epoch, mean over the seeds there are."
+    if len(table.pairs) > PANELS:
+        caption += (
+            f" Pairs: those of which every arm here has a run, {len(common)} of {len(table.pairs)}."
+        )
     if len(arms) > len(shown):
         caption += f" The first {len(shown)} of {len(arms)} arms."
     return Picture(f"Learning curves: {table.title}", figure, caption)

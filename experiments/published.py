@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data import OFFICIAL_COUNTS
 from study import Run
 
 PATH = Path(__file__).resolve().parent / "published.csv"
@@ -25,6 +26,7 @@ class Published(NamedTuple):
     status: str  # "valid", or why it is not
     note: str
     also: Sequence[str]  # other figures that the same source gives for the same thing
+    doubts: Sequence[str] = ()  # what is not known of it
 
 
 def rows() -> list[dict[str, str]]:
@@ -41,7 +43,7 @@ def find(run: Run, labels: Sequence[str], among: Sequence[dict[str, str]]) -> Pu
         among: `rows()`.
     """
     config = run.config
-    if config["source"] != "art_painting":
+    if config["source"] != "art_painting" or not config["apply_maps"]:
         return None
     matching = [
         row for row in among
@@ -59,7 +61,28 @@ def find(run: Run, labels: Sequence[str], among: Sequence[dict[str, str]]) -> Pu
     first = found[0]
     others = {f"{row['accuracy']} ({row['note']})": row["accuracy"] for row in found[1:]}
     also = [text for text, value in others.items() if float(value) != float(first["accuracy"])]
-    return Published(float(first["accuracy"]), first["status"], first["note"], also)
+    return Published(float(first["accuracy"]), first["status"], first["note"], also, doubts(first))
+
+
+def doubts(row: dict[str, str]) -> list[str]:
+    """What is not known of a row: the p0 of its run, or how a test on its target could give it."""
+    images = sum(OFFICIAL_COUNTS[row["target"]])
+    found = []
+    p_zero = row["p_zero"] or str(UNSTATED.get(row["source"], ""))
+    if row["method"] == "random" and not re.match(r"\d", p_zero):
+        found.append("its p0 is not stated")
+    if not possible(row["accuracy"], images):
+        found.append(f"no k of the {images} images of {row['target']} gives it")
+    return found
+
+
+def possible(accuracy: str, images: int) -> bool:
+    """Whether some k of n images is this many percent, rounded or cut off to the decimals it has."""
+    unit = 10.0 ** -len(accuracy.partition(".")[2])
+    near = int(float(accuracy) * images / 100)
+    return any(
+        -unit / 2 - 1e-9 <= 100 * k / images - float(accuracy) < unit for k in (near, near + 1)
+    )
 
 
 def is_called(row: dict[str, str], label: str) -> bool:

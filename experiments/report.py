@@ -13,14 +13,14 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import contents
 import record
 from contents import ARROW, DASH, PM, Line, Report, Section
-from findings import FIGURE
+from findings import FIGURE, Comparison
 from intervals import mean, spread
 from page import page
 from study import StudyError, read_study
@@ -117,6 +117,7 @@ def csv_row(report: Report, section: Section, line: Line) -> dict[str, Any]:
     row["wilson_low"], row["wilson_high"] = line.wilson or (None, None)
     for name in ("accuracy", "status", "note"):
         row[f"published_{name}"] = getattr(line.published, name, None)
+    row["published_doubts"] = "; ".join(line.published.doubts) if line.published else None
     c = line.comparison
     found = c.estimate if c else None
     row |= {
@@ -132,7 +133,26 @@ def csv_row(report: Report, section: Section, line: Line) -> dict[str, Any]:
         "verdict": c.verdict if c and c.adjusted is not None and report.audit.passes else None,
         "confounds": "; ".join(c.confounds) if c else None,
     }
-    return row
+    return row | controls_of(line, report.audit.passes)
+
+
+def controls_of(line: Line, passes: bool) -> dict[str, str]:
+    """The differences to the arm's controls: of several, one after the other in each field."""
+
+    def each(value: Callable[[Comparison], Any]) -> str:
+        values = ["" if (v := value(c)) is None else str(v) for c in line.controls]
+        return "; ".join(values) if any(values) else ""
+
+    return {
+        "control": each(lambda c: c.reference.name),
+        "control_difference": each(lambda c: c.estimate and c.estimate.mean),
+        "control_low": each(lambda c: c.estimate and c.estimate.low),
+        "control_high": each(lambda c: c.estimate and c.estimate.high),
+        "control_pairs": each(lambda c: " ".join(map("-".join, c.pairs))),
+        "control_p_holm": each(lambda c: c.adjusted),
+        "control_verdict": each(lambda c: c.verdict if c.adjusted is not None and passes else None),
+        "control_confounds": each(lambda c: ", ".join(c.confounds)),
+    }
 
 
 def as_csv(report: Report) -> str:

@@ -135,6 +135,7 @@ class Table:
     note: str | None = None
     published: Sequence[str] = ()  # notes of the published rows it repeats
     baseline: Arm | None = None  # may be an arm of another table
+    compare: Sequence[tuple[Arm, Arm]] = ()  # (arm, reference) by the suite's word; of any table
 
     @property
     def pairs(self) -> list[Pair]:
@@ -272,14 +273,20 @@ def indexed(index: Mapping[str, Any], runs: Mapping[str, Run]) -> list[Table]:
             planned = {(c["source"], c["target"], c["seed"]): c["run"] for c in arm["runs"]}
             done = {key: runs[name] for key, name in planned.items() if name in runs}
             arms[table["name"], arm["name"]] = Arm(arm["name"], planned, done)
+
+    def whole(name: str) -> Arm:
+        return merged([arm for (_, other), arm in arms.items() if other == name])
+
     tables = []
     for table in index["tables"]:
-        baseline = table["baseline"]
-        if baseline is not None:
-            baseline = merged([arm for (_, name), arm in arms.items() if name == baseline])
-        own = [arms[table["name"], arm["name"]] for arm in table["arms"]]
-        tables.append(Table(table["name"], table["title"], own, table["note"],
-                            table["published"] or (), baseline))  # fmt: skip
+        own = {arm["name"]: arms[table["name"], arm["name"]] for arm in table["arms"]}
+        baseline = None if table["baseline"] is None else whole(table["baseline"])
+        compare = [  # an older suite.json does not have the key
+            tuple(own[name] if name in own else whole(name) for name in pair)
+            for pair in table.get("compare") or ()
+        ]
+        tables.append(Table(table["name"], table["title"], list(own.values()), table["note"],
+                            table["published"] or (), baseline, compare))  # fmt: skip
     return tables
 
 
@@ -427,14 +434,24 @@ def is_control(control: Run, run: Run) -> bool:
     return False
 
 
-def matchups(table: Table) -> list[tuple[Arm, Arm]]:
-    """(arm, reference) for each comparison of a table.
+def controls(table: Table) -> list[tuple[Arm, Arm]]:
+    """(arm, reference): the controls among the table's arms, then what its suite says to compare."""
+    arms = [arm for arm in table.compared() if arm.one]
+    found = [
+        (arm, control) for control, arm in itertools.product(arms, repeat=2)
+        if is_control(control.one, arm.one)
+    ]  # fmt: skip
+    return once([*found, *(pair for pair in table.compare if all(arm.one for arm in pair))])
 
-    Every arm with the baseline; every arm with its controls (see `is_control`); and every two arms
-    that differ in one on/off or choice switch alone, the later with the earlier.
+
+def matchups(table: Table) -> list[tuple[Arm, Arm]]:
+    """(arm, reference) for each comparison of a table, no two arms twice.
+
+    Every arm with its `controls`; every arm with the baseline; and every two arms that differ in one
+    on/off or choice switch alone, the later with the earlier.
     """
     arms = [arm for arm in table.compared() if arm.one]
-    found = []
+    found = controls(table)
     for i, arm in enumerate(arms):
         for reference in arms[:i]:
             one, other = reference.one, arm.one
@@ -442,7 +459,12 @@ def matchups(table: Table) -> list[tuple[Arm, Arm]]:
             alone = len(different) == 1 and different[0] in ALTERNATIVES
             if alone or (table.baseline is not None and reference is arms[0] is table.baseline):
                 found.append((arm, reference))
-    for control, arm in itertools.product(arms, repeat=2):
-        if is_control(control.one, arm.one) and (arm, control) not in found:
-            found.append((arm, control))
-    return found
+    return once(found)
+
+
+def once(pairs: Iterable[tuple[Arm, Arm]]) -> list[tuple[Arm, Arm]]:
+    """The first of every two arms, whichever is the reference."""
+    found: dict[frozenset[str], tuple[Arm, Arm]] = {}
+    for pair in pairs:
+        found.setdefault(frozenset(arm.name for arm in pair), pair)
+    return list(found.values())

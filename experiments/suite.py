@@ -14,9 +14,10 @@ A suite is a yaml file in experiments/suites:
     seeds               every arm is run with each
     tables              by name, each with `title` and some of: `note`, `published` (which rows of
                         published.csv it repeats: how their "source note" may begin), `baseline`
-                        (the arm that others are compared with), `switches` (of all its arms),
-                        `sources`, `targets` and `seeds` of its own, and its arms, in one or both
-                        of two ways:
+                        (the arm that others are compared with), `compare` (a list of [arm,
+                        reference], compared besides; these too may be arms of other tables),
+                        `switches` (of all its arms), `sources`, `targets` and `seeds` of its own,
+                        and its arms, in one or both of two ways:
         arms            switches by name of the arm
         grid, name      values by switch, every combination of which is an arm, and its name, in
                         which {switch} stands for the value
@@ -29,7 +30,7 @@ that are the same are run once.
 
 suite.json has `format`, `suite`, `profile`, `title`, `command` and
 
-    tables: [{name, title, note, published, baseline,
+    tables: [{name, title, note, published, baseline, compare,
               arms: [{name, runs: [{source, target, seed, run}]}]}]
     runs:   {name: {state, problem, switches}}
 
@@ -72,7 +73,8 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses
 
 SPANS = ("sources", "targets", "seeds")
 SUITE_KEYS = ("title", "defaults", *SPANS, "tables", "profiles")
-TABLE_KEYS = ("title", "note", "published", "baseline", "switches", "arms", "grid", "name", *SPANS)
+TABLE_KEYS = ("title", "note", "published", "baseline", "compare", "switches", "arms", "grid", "name",
+              *SPANS)  # fmt: skip
 PROFILE_KEYS = ("defaults", *SPANS, "tables")
 TEXTS = {"title": str, "name": str, "note": str | None, "baseline": str | None}
 OWN = ("source", "target", "seed", "out")  # switches that an arm may not set
@@ -167,6 +169,12 @@ def check_keys(place: str, mapping: Any, known: Sequence[str], needed: Sequence[
         if not any(published.is_called(row, str(label)) for row in published.rows()):
             raise SuiteError(f"{place}: published: no row of {published.PATH.name} is called "
                              f"{label!r}")  # fmt: skip
+    compare = mapping.get("compare") or []
+    for pair in compare if isinstance(compare, list) else [compare]:
+        names = pair if isinstance(pair, list) else []
+        if [type(name) for name in names] != [str, str] or names[0] == names[1]:
+            raise SuiteError(f"{place}: compare: {pair!r} is not allowed; allowed: a list of "
+                             "[arm, reference], two different names")  # fmt: skip
     for switch, values in mapping.get("grid", {}).items():
         if not isinstance(values, list) or not values:
             raise SuiteError(f"{place}: grid: {switch}: {values!r} is not allowed; allowed: a list")
@@ -288,12 +296,15 @@ def expand(suite: Mapping[str, Any], forced: Mapping[str, Any], device: str) -> 
         if not any(arm["runs"] for arm in arms):
             raise SuiteError(f"table {table_name}: has no runs; it needs arms, and a source that "
                              "is not the target")  # fmt: skip
-        about = {key: table.get(key) for key in ("title", "note", "published", "baseline")}
+        about = {k: table.get(k) for k in ("title", "note", "published", "baseline", "compare")}
         tables.append({"name": table_name} | about | {"arms": arms})
     known = {arm["name"] for table in tables for arm in table["arms"]}
     for table in tables:
         if table["baseline"] not in {None, *known}:
             raise SuiteError(f"table {table['name']}: baseline: no arm {table['baseline']!r}")
+        for name in itertools.chain(*(table["compare"] or ())):
+            if name not in known:
+                raise SuiteError(f"table {table['name']}: compare: no arm {name!r}")
     once = sorted((runs[name] for name in names.values()), key=lambda run: run.config.seed)
     return Plan(tables, once, list(dict.fromkeys(warnings)))
 
@@ -683,7 +694,7 @@ def by_cell(arm: Mapping[str, Any]) -> dict[tuple, str]:
 
 
 def chosen(plan: Plan, pattern: str | None) -> list[Run]:
-    """The runs that --only names: those of a table with the baseline that it is compared with."""
+    """The runs that --only names: those of a table with the arms that it is compared with."""
     if pattern is None:
         return plan.runs
     of_arm: dict[str, dict[tuple, str]] = {}  # runs of each arm, by source, target and seed
@@ -694,9 +705,10 @@ def chosen(plan: Plan, pattern: str | None) -> list[Run]:
     for table in plan.tables:
         cells = [(cell, run) for arm in table["arms"] for cell, run in by_cell(arm).items()]
         if fnmatch.fnmatchcase(table["name"], pattern):
-            baseline = of_arm.get(table["baseline"], {})
             names |= {run for _, run in cells}
-            names |= {baseline[cell] for cell, _ in cells if cell in baseline}
+            for arm in {table["baseline"], *itertools.chain(*(table["compare"] or ()))}:
+                other = of_arm.get(arm, {})
+                names |= {other[cell] for cell, _ in cells if cell in other}
         names |= {run for _, run in cells if fnmatch.fnmatchcase(run, pattern)}
     if not names:
         raise SuiteError(f"--only: no run and no table matches {pattern!r}")

@@ -7,11 +7,13 @@ import xml.etree.ElementTree as ElementTree
 
 import contents
 import findings
+import page
 import plots
 import published
 import pytest
 import record
 import report
+import suite
 import yaml
 from config import resolve
 from findings import HIGHER, LOWER, NO_SPREAD, NOT_AFTER_HOLM, ONE_SEED, SAME
@@ -422,6 +424,134 @@ def test_arms_are_compared_with_what_comes_along_with_their_method(tmp_path):
     assert cell(built, "da", "cartoon", "Flags") == "confounded: bn_recalibration False -> True"
 
 
+COMPARED = """
+title: compared
+defaults: {preset: course-template, data: PACS, epochs: 2, limit: 50}
+sources: [art_painting]
+targets: [cartoon]
+seeds: [0, 1, 2]
+tables:
+  shaping:
+    title: shaping
+    baseline: baseline
+    compare: [[random, dann], [da, random], [random, da], [da, baseline]]
+    arms:
+      baseline: {mode: baseline}
+      random: {mode: random, layers: 10, p_zero: 0.5}
+      da: {mode: da, layers: 4}
+  others:
+    title: others
+    baseline: random
+    compare: [[dann, random]]
+    arms: {dann: {mode: dann}}
+profiles: {full: {}}
+"""
+
+
+def test_what_the_suite_says_to_compare_is_compared_once(tmp_path):
+    """Arms of other tables too; within Holm's family; and the other table's reverse is the same."""
+    gains = {"baseline": (0, 0, 0), "random": (4, 4, 6), "da": (0, 2, -2), "dann": (2, 0, 4)}
+    folder = write_suite(tmp_path / "c", COMPARED, lambda c, _: 40 + gains[c.mode][c.seed])
+    built = contents.build(read_study(folder))
+    assert [c.name for c in built.comparisons] == [
+        "random minus dann", "da minus random", "da minus baseline", "random minus baseline",
+    ]  # fmt: skip
+    found = comparison(built, "random minus dann").estimate  # 2, 4, 2
+    assert found.mean == pytest.approx(8 / 3)
+    assert found in [c.estimate for c in built.tested] and len(built.tested) == 4
+    # t = 4 on 2 degrees of freedom; Holm's factor is 3: random minus baseline has t = 7
+    assert comparison(built, "random minus dann").adjusted == pytest.approx(3 * (1 - 4 / 18**0.5))
+    assert cell(built, "random", "cartoon", "Minus control") == "dann: +2.7 ± 2.9, p 0.172"
+    index = record.read_json(folder / "suite.json")
+    assert index["tables"][0]["compare"][:2] == [["random", "dann"], ["da", "random"]]
+    for table in index["tables"]:  # as it was written before there was the key
+        del table["compare"]
+    record.write_json(folder / "suite.json", index)
+    names = {c.name for c in contents.build(read_study(folder)).comparisons}
+    assert names == {"random minus baseline", "da minus baseline", "dann minus random"}
+
+
+def test_the_difference_to_the_control_is_in_every_file(tmp_path):
+    """By seed da is 2, 4 and 6 above baseline-recal, which has what comes along with it."""
+    gains = {("da", True): (2, 4, 6), ("baseline", False): (8, 8, 8)}
+
+    def accuracy(config, share):
+        return 40 + gains.get((config.mode, config.bn_recalibration), (0, 0, 0))[config.seed]
+
+    text = AT_EQUAL_TERMS.replace("seeds: [0, 1]", "seeds: [0, 1, 2]").split("  binarize-only:")[0]
+    folder = write_suite(tmp_path / "f", text + "profiles: {full: {}}", accuracy)
+    assert report.main([str(folder)]) == 0
+    files = {s: (folder / f"report.{s}").read_text() for s in ("html", "md", "tex", "csv")}
+    p = "baseline-recal: +4.0 ± 5.0, p 0.148"  # t = 12 ** 0.5: 0.0742, and Holm's factor is 2
+    assert f"| {p} |" in files["md"] and p.replace("±", r"$\pm$") in files["tex"]
+    assert p.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}") in files["html"]
+    row = next(r for r in csv.DictReader(io.StringIO(files["csv"])) if r["arm"] == "da")
+    assert (row["control"], row["control_verdict"]) == ("baseline-recal", SAME)
+    assert float(row["control_difference"]) == pytest.approx(4)
+    assert float(row["control_low"]) == pytest.approx(4 - 4.302653 * 2 / 3**0.5, abs=1e-4)
+    built = contents.build(read_study(folder))
+    headings = [column.heading for column in built.sections[0].grid(built).columns]
+    assert headings.index("Minus control") < headings.index("Minus baseline")
+
+
+def test_confounded_comparisons_come_last_and_are_not_counted(tmp_path):
+    """random minus baseline is surest, and differs in the recalibration too."""
+
+    def accuracy(config, share):
+        return 40 + (30 + config.seed if config.mode == "random" else config.seed % 2)
+
+    text = AT_EQUAL_TERMS.replace("seeds: [0, 1]", "seeds: [0, 1, 2]")
+    built = contents.build(read_study(write_suite(tmp_path / "f", text, accuracy)))
+    surest = comparison(built, "random minus baseline")
+    assert surest.verdict == HIGHER and surest.confounds
+    assert cell(built, "random", "cartoon", "Verdict").endswith("), confounded")
+    order = [bool(c.confounds) for c in findings.ranked(built.comparisons)]
+    assert order == sorted(order) and any(order)
+    sound = [c for c in built.tested if not c.confounds]
+    aside = len(built.tested) - len(sound)
+    apart = sum(c.verdict in (HIGHER, LOWER) for c in sound)
+    assert built.apart == f"{apart} of {len(sound)}; {aside} confounded aside"
+    assert f"<dd>{built.apart}</dd>" in page.page(built)
+    assert built.main[0].endswith(f"{sum(order)} confounded, and not counted.")
+    assert f"{apart} higher than the reference" in built.main[0]
+
+
+def only(name, tables, **keys):
+    """A suite of the study with these tables alone, one seed of few images."""
+    content = suite.read_suite(name)
+    content["tables"] = {t: content["tables"][t] | keys for t in tables}
+    content["defaults"] |= {"limit": 8, "epochs": 1, "updates": None}
+    return yaml.safe_dump(content | {"seeds": [0], "profiles": {"full": {}}}, sort_keys=False)
+
+
+def test_target_maps_of_report_b_have_their_control(tmp_path):
+    tables = ["baselines", "da-positions", "da-combinations", "da-pairing", "decreasing-p-zero"]
+    text = only("report-b", tables, targets=["cartoon"])
+    study = read_study(write_suite(tmp_path / "b", text, lambda c, s: 40))
+    of = {t.name: {(a.name, b.name) for a, b in matchups(t)} for t in study.tables}
+    for table in study.tables[1:3]:
+        for arm in table.arms:
+            assert arm.name in ("bn-only", "baseline-da") or (arm.name, "bn-only") in of[table.name]
+    switches = {arm.name: arm.one.config for arm in study.tables[1].arms}
+    differ = [n for n, v in switches["bn-only"].items() if v != switches["da-conv4"][n]]
+    assert differ == ["apply_maps"]
+    assert ("da-conv4-pairing-random", "da-conv4") in of["da-pairing"]
+    assert ("random-conv1to7-falling", "random-conv1to7-p0.7") in of["decreasing-p-zero"]
+    built = contents.build(study)
+    assert cell(built, "bn-only", "cartoon", "Published") == ""  # nobody published it
+    assert cell(built, "da-conv4", "cartoon", "Published") == "63.95"
+
+
+def test_the_study_compares_shaping_with_the_other_methods(tmp_path):
+    text = only("study", ["methods"], sources=["art_painting"], targets=["cartoon"])
+    built = contents.build(read_study(write_suite(tmp_path / "s", text, lambda c, s: 40)))
+    for names in (
+        "da-conv4-no-recal minus adabn", "da-conv4-no-recal minus dann", "da-conv4 minus baseline-recal",
+        "random-conv10-p0.5 minus dropout2d-conv10-p0.5",
+    ):  # fmt: skip
+        assert not comparison(built, names).confounds, names
+
+
 def test_confounds_stand_in_the_sentence_and_the_table(tmp_path):
     content = yaml.safe_load(EXACT)
     content["defaults"] |= {"epochs": None, "updates": 8}
@@ -571,6 +701,84 @@ def test_a_published_figure_against_one_more_seed(tmp_path, centre, word):
     assert float(limits[2]) == pytest.approx(centre + 4.97, abs=0.3)
 
 
+DOUBTED = """
+title: doubted
+defaults: {preset: report-b, mode: random, data: PACS, amp: float16}
+sources: [art_painting]
+targets: [cartoon]
+seeds: [0, 1, 2]
+tables:
+  p-zero:
+    title: p0
+    published: [report-B report T3, report-B report T9, report-B training log]
+    arms:
+      p0.5: {layers: 1, p_zero: 0.5}
+      p0.6: {layers: 1, p_zero: 0.6}
+      p0.7: {layers: 1, p_zero: 0.7}
+      constant: {layers: [1, 2, 3, 4, 5, 6, 7], p_zero: 0.7}
+profiles: {full: {}}
+"""
+
+
+def test_what_is_not_known_of_a_published_figure_is_said(tmp_path):
+    """61.63 % is no k of 2344, and the constant p0 is not stated: of these there is no verdict."""
+    folder = write_suite(tmp_path / "d", DOUBTED, lambda config, share: 59 + config.seed)
+    built = contents.build(read_study(folder))
+    said = {text.split(",")[0]: text for text in built.findings["Beside the published figures"]}
+    assert re.search(
+        r"published 61\.63 \(no k of the 2344 images of cartoon gives it; the same source also has "
+        r"61\.13 \(training log, last epoch\)\); beside the [\d.]+ to [\d.]+ where .* at 95%$",
+        said["p0.7"],
+    )
+    assert re.search(r"published 33\.28 \(its p0 is not stated\); beside the", said["constant"])
+    assert re.search(r"published 60\.62: inside the .* would lie, at 95%$", said["p0.6"])
+    assert "the same source also has 58.02" in said["p0.5"] and ": inside" in said["p0.5"]
+    assert built.findings["Beside the published figures"][-1] == (
+        "Each of the 2 figures is held against an interval of its own at 95%: of as many runs like ours "
+        "about 0.1 lie outside by chance."
+    )
+    notes = " ".join(built.sections[0].notes)
+    assert (
+        "no k of the 2344 images of cartoon gives it" in notes and "its p0 is not stated" in notes
+    )
+    assert line(built, "p0.6", "cartoon").published.doubts == []
+
+
+@pytest.mark.parametrize(
+    "accuracy, images, expected",
+    [
+        ("61.63", 2344, False), ("61.13", 2344, True),  # 1444 and 1445 are 61.60 and 61.65
+        ("27.67", 2344, False), ("27.69", 2344, True), ("66.66", 3, True), ("66.67", 3, True),
+        ("66.65", 3, False), ("66.68", 3, False), ("67", 3, True), ("100", 3, True), ("0.0", 3, True),
+    ],
+)  # fmt: skip
+def test_which_figures_are_k_of_n(accuracy, images, expected):
+    """Rounded or cut off."""
+    assert published.possible(accuracy, images) == expected
+
+
+def test_the_valid_figures_that_no_test_gives():
+    doubted = {r["accuracy"] for r in published.rows() if "no k" in str(published.doubts(r))}
+    valid = {r["accuracy"] for r in published.rows() if r["status"] == "valid"}
+    assert doubted & valid == {"61.63", "27.67"}
+
+
+def test_no_held_out_images_is_said(built, tmp_path):
+    said = "No epoch is selected on source images"
+    assert not any(text.startswith(said) for text in built.limits)
+    other = EXACT.replace(", holdout: 0.1", "")
+    folder = write_suite(tmp_path / "whole", other, exact)
+    assert report.main([str(folder)]) == 0
+    assert all(said in (folder / f"report.{s}").read_text() for s in ("html", "md"))
+
+
+def test_what_was_run_is_counted_by_the_runs(tmp_path):
+    text = COMPARED.replace("    baseline: random\n", "")
+    names = [f"{arm}-art_painting-cartoon-s{s}" for arm in ("dann", "da") for s in range(3)]
+    built = contents.build(read_study(write_suite(tmp_path / "c", text, without=names)))
+    assert "2 arms in 1 table, 3 seeds" in contents.what_was_run(built.study)
+
+
 def test_weights_from_a_file_are_named_beside_a_published_figure(tmp_path):
     text = FULL.replace("amp: float16", "amp: float16, weights: WEIGHTS")
     folders = {
@@ -584,7 +792,7 @@ def test_weights_from_a_file_are_named_beside_a_published_figure(tmp_path):
     }
     (line,) = told["v1.pth"]
     assert re.match(
-        r"baseline, cartoon: ours 54\.\d over 3 seeds with weights v1\.pth, published 5\d\.\d: inside",
+        r"baseline, cartoon: ours 54\.\d over 3 seeds with weights v1\.pth, published 54\.52: inside",
         line,
     )
     assert told["none"] == [
@@ -634,7 +842,10 @@ profiles: {full: {}}
     assert cell(built, "random", "cartoon", "INVALID") == "80.0 ± 0.0"
     assert cell(built, "random", "cartoon", "Last epoch") == "40.0 ± 0.0"
     assert cell(built, "random", "cartoon", "Published") == "82.28 (invalid)"
-    assert "measured on the 2048 art_painting training images" in built.sections[0].notes[0]
+    budget, invalid = built.sections[0].notes
+    assert budget == "Runs of 12 updates with 64 images."
+    assert "measured on the 2048 art_painting training images" in invalid
+    assert "no k of the 2344 images of cartoon gives it" in invalid
     assert built.findings["Testing on the training images"] == [
         "random: 80.0 on its own training images, 40.0 on the target (2 runs)"
     ]
@@ -648,6 +859,16 @@ def test_collapse_is_flagged(tmp_path):
     assert (
         built.findings["Collapse"][0] == "baseline: 6 of 6 runs call every target image one class"
     )
+
+
+def test_collapse_counts_an_arms_runs_of_every_table(tmp_path):
+    """The later table has one target of the arm's two."""
+    content = yaml.safe_load(EXACT)
+    arm = {"da": content["tables"]["shaping"]["arms"]["da"]}
+    content["tables"]["again"] = {"title": "again", "targets": ["sketch"], "arms": arm}
+    folder = write_suite(tmp_path / "c", yaml.safe_dump(content), exact, collapsed=True)
+    told = contents.build(read_study(folder)).findings["Collapse"]
+    assert "da: 6 of 6 runs call every target image one class" in told
 
 
 # --- the files --------------------------------------------------------------------------------
@@ -825,6 +1046,23 @@ def test_learning_curves(built):
     figure = next(p for p in built.sections[0].pictures if p.title.startswith("Learning"))
     assert drawn(figure.figure)["baseline"] == [[1, 46], [2, 46], [3, 40]]
     assert len(figure.figure.axes) == 2  # a panel a target
+
+
+def test_learning_curves_of_many_pairs_are_their_mean(tmp_path):
+    """Six pairs, of which da lacks one: the mean is over the other five."""
+    text = EXACT.replace("[art_painting]", "[art_painting, sketch]").replace(
+        "[cartoon, sketch]", "[art_painting, cartoon, photo, sketch]"
+    )
+    gone = [f"da-sketch-photo-s{seed}" for seed in range(3)]
+    built = contents.build(read_study(write_suite(tmp_path / "m", text, exact, without=gone)))
+    figure = next(p for p in built.sections[0].pictures if p.title.startswith("Learning"))
+    (axes,) = figure.figure.axes
+    assert axes.get_title(loc="left") == "mean over 5 source-target pairs"
+    curves = drawn(figure.figure)
+    # one of the five is sketch, which is ten points above
+    assert curves["baseline"] == [[1, 48], [2, 48], [3, 42]]
+    assert curves["random"][-1] == pytest.approx([3, 42 + 14 / 3])
+    assert figure.caption.endswith("every arm here has a run, 5 of 6.")
 
 
 def test_the_matrix_of_pairs(tmp_path):

@@ -87,6 +87,20 @@ def test_mini_is_a_miniature_of_full(name):
     )
 
 
+@pytest.mark.parametrize("name", SUITES)
+def test_titles_and_notes_are_true_in_every_profile(name):
+    """What a profile changes is counted by the report, and not written by hand."""
+    for table in plan_of(name).tables:
+        words = f"{table['title']} {table['note'] or ''}"
+        found = re.findall(r"(?i)[\d,]+ (?:updates|images|epochs|seeds)|batch(?: size)? \d+", words)
+        assert not found, (table["name"], found)
+
+
+def test_the_study_says_by_what_its_layers_were_chosen():
+    (note,) = [t["note"] for t in plan_of("study").tables if t["name"] == "methods"]
+    assert "target labels" in note and "an oracle" in note
+
+
 @pytest.mark.parametrize("profile", ["full", "mini"])
 @pytest.mark.parametrize("name", SUITES)
 def test_arms_are_compared_at_equal_updates_and_batches(name, profile):
@@ -248,7 +262,7 @@ def test_controls_change_one_thing_each():
 def test_study_is_all_pairs_all_methods_five_seeds():
     plan = plan_of("study")
     found = cells(plan, "methods")
-    assert len(found) == 7 * 12 * 5 == len({cell["run"] for _, cell in found})
+    assert len(found) == 8 * 12 * 5 == len({cell["run"] for _, cell in found})
     modes = {c.mode for c in configs(plan, "methods").values()}
     assert modes == {"baseline", "random", "da", "adabn", "dropout2d", "dann"}
     assert len({(c["source"], c["target"]) for _, c in found}) == 12
@@ -407,6 +421,18 @@ BAD = {
     "a baseline that is not there": (
         {"tables": {"one": table(baseline="b")}},
         r"table one: baseline: no arm 'b'",
+    ),
+    "something else to compare": (
+        {"tables": {"one": table(compare=["a", "b"])}},
+        r"table one: compare: 'a' is not allowed; allowed: a list of \[arm, reference\]",
+    ),
+    "an arm to compare with itself": (
+        {"tables": {"one": table(compare=[["a", "a"]])}},
+        r"table one: compare: \['a', 'a'\] is not allowed",
+    ),
+    "an arm to compare that is not there": (
+        {"tables": {"one": table(compare=[["a", "b"]])}},
+        r"table one: compare: no arm 'b'",
     ),
     "two runs of one name in a table": (
         {"tables": {"one": table(**GRID, name="r")}},
@@ -603,9 +629,15 @@ def test_a_table_is_run_with_the_baseline_of_another():
     assert (modes.count("random"), modes.count("baseline")) == (cells, cells // len(table["arms"]))
 
 
+def test_a_table_is_run_with_the_arms_it_is_compared_with(tmp_path):
+    other = {"title": "O", "arms": {"b": {"mode": "baseline"}}}
+    plan = expanded(small(tmp_path, tables={"one": table(compare=[["a", "b"]]), "two": other}))
+    assert {run.name[0] for run in suite.chosen(plan, "one")} == {"a", "b"}
+
+
 def test_a_laptop_tells_how_long_a_gpu_would_take(capsys):
     assert suite.main(["study", "--dry-run", "--set", "device=cuda"]) == 0
-    assert "450 runs, 0 done, 450 to do, 1 at a time on cuda" in capsys.readouterr().out
+    assert "510 runs, 0 done, 510 to do, 1 at a time on cuda" in capsys.readouterr().out
 
 
 def test_the_index_is_what_the_report_needs(stand):
@@ -780,7 +812,7 @@ def test_a_half_written_record_is_named_and_made_anew(stand, name, capsys):
 # --- true runs --------------------------------------------------------------------------------
 
 TRUE = SMALL | {
-    "defaults": {"data": "toy", "limit": 3, "image_size": 32, "epochs": 3, "batch_size": 8},
+    "defaults": {"data": "toy", "limit": 3, "image_size": 32, "epochs": 8, "batch_size": 8},
     "tables": {
         "one": {
             "title": "One",
@@ -884,7 +916,7 @@ def test_a_true_record_that_is_half_written_is_resumed(whole, tmp_path, capsys):
         in capsys.readouterr().out
     )
     assert result_of(out / DA) == result_of(expected / DA)
-    assert (out / DA / "log.txt").read_text().count("epoch 1/3 ") == 1
+    assert (out / DA / "log.txt").read_text().count("epoch 1/8 ") == 1
 
 
 @pytest.mark.slow
