@@ -42,7 +42,8 @@ def test_a_killed_node_loses_nothing_and_nothing_is_run_twice(cluster, tmp_path,
         def finished(self, timeout):
             ended = super().finished(timeout)
             going = stand.started - stand.ended
-            if not at_death and len(stand.ended) >= 3 and len(going) == 4:
+            # of three, on two nodes of two CPUs, its CPUs have one
+            if not at_death and len(stand.ended) >= 3 and len(going) >= 3:
                 at_death.extend(n for n in stand.names if (stand.out / n / "summary.json").exists())
                 cluster.remove_node(mortal, allow_graceful=False)
             return ended
@@ -81,7 +82,7 @@ def test_a_gpu_is_shared_by_as_many_runs_as_asked(per_device, cluster, tmp_path,
 def test_a_true_run_sends_its_record_back(cluster, tmp_path):
     path, name = tmp_path / "true.yaml", "random-art_painting-cartoon-s0"
     path.write_text("""
-title: true
+title: a true run
 defaults: {data: toy, limit: 3, image_size: 32, epochs: 1, batch_size: 8}
 sources: [art_painting]
 targets: [cartoon]
