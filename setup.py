@@ -1,9 +1,10 @@
-"""Builds fastshape. The decisions made here: with the compiled kernels or without them, and with CUDA's among them or not.
+"""Builds fastshape. This file decides whether to build the compiled kernels, and whether CUDA kernels are among them.
 
-FASTSHAPE_SKIP_EXT=1 installs the Python files alone; fastshape then runs on its PyTorch reference.
-FASTSHAPE_CUDA unset builds the CUDA kernels where torch has CUDA and an nvcc of the same CUDA major is found; 1 fails where
-that is not so; 0 leaves them out. No GPU is asked for. TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which GPUs.
-What was decided, and why, is printed, and kept for `python -m fastshape` in fastshape/_build_facts.json.
+FASTSHAPE_SKIP_EXT=1 installs the Python files only; fastshape then runs on its PyTorch reference.
+Without FASTSHAPE_CUDA, the CUDA kernels are built if torch has CUDA and there is an nvcc of the same CUDA major version. With
+FASTSHAPE_CUDA=1 the installation fails if they cannot be built; with 0 they are not built. No GPU is needed.
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") names the GPUs to build for. The decision and its reason are printed and written to
+fastshape/_build_facts.json, from which `python -m fastshape` reads them.
 """
 
 import glob
@@ -18,8 +19,8 @@ import sys
 from setuptools import setup
 
 TORCH_ABI_TARGET = "2.10"
-# Machine code for these, as far as nvcc knows them, and PTX of the last for what comes later. Code for 8.0 also runs on
-# 8.6 and 8.9. A short list: each entry costs ten seconds of building.
+# Machine code for the architectures of this list that nvcc knows, and PTX of the last one for later GPUs. Code for 8.0 also
+# runs on 8.6 and 8.9. The list is short because each entry takes ten seconds to build.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "9.0")
 
 
@@ -32,23 +33,23 @@ def skips_extension() -> bool:
     return value == "1"
 
 
-# ---- CUDA: whether, with what, for what ----
+# ---- CUDA: the decision, nvcc, the architectures ----
 
 
 def decide_cuda(
     requested: str | None, torch_cuda: str | None, nvcc: str | None
 ) -> tuple[bool, str]:
-    """Whether to build the CUDA kernels, and why.
+    """Whether to build the CUDA kernels, and the reason.
 
     Args:
-        requested: FASTSHAPE_CUDA, None where it is not set.
-        torch_cuda: the CUDA version of torch, such as "13.0", or None.
-        nvcc: the CUDA version of nvcc, or None where there is no nvcc.
+        requested: the value of FASTSHAPE_CUDA, or None if it is not set.
+        torch_cuda: the CUDA version of torch, such as "13.0", or None if torch has no CUDA.
+        nvcc: the CUDA version of nvcc, or None if there is no nvcc.
     """
     if requested not in (None, "0", "1"):
         raise SystemExit(
             f"FASTSHAPE_CUDA={requested!r}: allowed are 1 (build the CUDA kernels or fail), 0 (do not) "
-            "and unset (build them where torch has CUDA and an nvcc of the same major is found)"
+            "and unset (build them if torch has CUDA and there is an nvcc of the same major)"
         )
     if requested == "0":
         return False, "FASTSHAPE_CUDA=0"
@@ -76,35 +77,37 @@ def find_nvcc() -> str | None:
 
 
 def output_of(*command: str) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)} failed:\n{done.stdout}")
-    return done.stdout
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if process.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{process.stdout}")
+    return process.stdout
 
 
 def nvcc_version(nvcc: str) -> str:
-    """ "13.0" """
+    """The CUDA version of nvcc, such as "13.0"."""
     return re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))[1]
 
 
-def choose_architectures(requested: str | None, known: list[str]) -> list[str]:
-    """ "8.0" is machine code for compute capability 8.0, "8.0+PTX" that and PTX.
+def choose_architectures(requested: str | None, supported: list[str]) -> list[str]:
+    """The architectures to build for. "8.0" means machine code for compute capability 8.0, "8.0+PTX" also PTX.
 
     Args:
-        requested: TORCH_CUDA_ARCH_LIST, or None.
-        known: what nvcc knows, such as "compute_80".
+        requested: the value of TORCH_CUDA_ARCH_LIST, or None.
+        supported: the architectures that nvcc knows, such as "compute_80".
     """
     if requested:
-        chosen = [name for name in re.split(r"[\s;,]+", requested) if name]
-        for name in chosen:
+        architectures = [name for name in re.split(r"[\s;,]+", requested) if name]
+        for name in architectures:
             if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
                 raise SystemExit(
                     f"TORCH_CUDA_ARCH_LIST={requested!r}: {name!r} is not a compute capability such as "
                     "8.0 or 9.0+PTX"
                 )
-        return chosen
-    chosen = [a for a in DEFAULT_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
-    return [*chosen[:-1], f"{chosen[-1]}+PTX"]
+        return architectures
+    architectures = [
+        a for a in DEFAULT_ARCHITECTURES if f"compute_{a.replace('.', '')}" in supported
+    ]
+    return [*architectures[:-1], f"{architectures[-1]}+PTX"]
 
 
 def architecture_flags(architectures: list[str]) -> list[str]:
@@ -118,7 +121,7 @@ def architecture_flags(architectures: list[str]) -> list[str]:
 
 
 def cuda_facts() -> dict:
-    """The decision as kept at run time; with ``nvcc`` where the kernels are to be built."""
+    """The decision as it is stored for run time. It includes the path of nvcc if the kernels will be built."""
     import torch
 
     nvcc = find_nvcc()
@@ -126,8 +129,8 @@ def cuda_facts() -> dict:
     build, reason = decide_cuda(os.environ.get("FASTSHAPE_CUDA"), torch.version.cuda, version)
     facts = {"built": build, "reason": reason}
     if build:
-        known = output_of(nvcc, "--list-gpu-arch").split()
-        architectures = choose_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), known)
+        supported = output_of(nvcc, "--list-gpu-arch").split()
+        architectures = choose_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), supported)
         facts |= {"version": version, "architectures": architectures, "nvcc": nvcc}
     return facts
 
@@ -148,12 +151,11 @@ def extension(name: str, sources: list[str], defines=(), **arguments):
     major, minor = (int(part) for part in TORCH_ABI_TARGET.split("."))
     compile_args = [
         "-O3",
-        "-g0",  # Python's own flags ask for debugging information: a third of the compile time
+        "-g0",  # Python's flags include debugging information, which is a third of the compile time
         "-Wall",
         "-Wextra",
         "-fvisibility=hidden",
-        # Bits must not depend on what the compiler may assume about numbers: no -march=native, no -ffast-math, and no
-        # product joined with a sum.
+        # The bits of a result must not depend on the compiler: no -march=native, no -ffast-math, and no fused multiply-add.
         "-ffp-contract=off",
         f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
         f'-DFASTSHAPE_TORCH_ABI_TARGET="{TORCH_ABI_TARGET}"',
@@ -191,7 +193,7 @@ def cpu_extension():
 
 
 def cuda_extension(cuda: dict):
-    # nvcc itself says where its headers and libraries are: layouts differ between installers.
+    # Ask nvcc for the folders of its headers and libraries, because layouts differ between installers.
     plan = output_of(cuda["nvcc"], "--dryrun", "-x", "cu", os.devnull)
     folders = {
         name: re.findall(rf'"?-{flag}([^"\s]+)', " ".join(re.findall(rf"#\$ {name}=(.*)", plan)))
@@ -202,15 +204,14 @@ def cuda_extension(cuda: dict):
         "fastshape._C_cuda",
         ["csrc/cuda/module.cpp", "csrc/cuda/glue.cpp"],
         defines=[
-            "-DUSE_CUDA",  # shows the CUDA part of torch's stable headers
+            "-DUSE_CUDA",  # enables the CUDA part of torch's stable headers
             f'-DFASTSHAPE_CUDA_VERSION="{cuda["version"]}"',
             f'-DFASTSHAPE_CUDA_ARCHITECTURES="{" ".join(cuda["architectures"])}"',
         ],
         include_dirs=folders["INCLUDES"],
         library_dirs=[f for f in folders["LIBRARIES"] if not f.endswith("stubs")],
         libraries=["torch_cuda"],
-        # The shared runtime, that torch has loaded already: one current device and one error state for both. A static one
-        # would keep its own.
+        # Use the shared runtime that torch has loaded, so that both have one current device and one error state.
         extra_link_args=[f"-l:libcudart.so.{major}"],
     )
     result.depends = [
@@ -222,9 +223,12 @@ def cuda_extension(cuda: dict):
 
 
 def compile_kernels(cuda: dict, folder: str) -> list[str]:
-    """nvcc's own step: the kernels know no torch, and torch's way of calling nvcc asks for more of CUDA than they need.
+    """Compile the CUDA kernels with nvcc directly, one process per file, all at once.
 
-    One nvcc a file, all at once. Returns the object files.
+    The kernels do not use torch, and torch's own way to call nvcc needs parts of CUDA that they do not need.
+
+    Returns:
+        Paths of the object files.
     """
     os.makedirs(folder, exist_ok=True)
     targets, compilers = [], []

@@ -1,4 +1,4 @@
-"""A contender is timed in turn with fastshape, in one process: what the machine does meanwhile, it does to both."""
+"""Times a contender and fastshape in turn, in one process, so that other load on the machine affects both."""
 
 import statistics
 import time
@@ -8,12 +8,12 @@ import pytest
 
 @pytest.fixture
 def against(benchmark):
-    """``against(ours, theirs, bytes)``: pytest-benchmark times `theirs`; each round, `ours` runs just before it.
+    """``against(ours, theirs, bytes)``: pytest-benchmark times `theirs`, and in each round `ours` runs just before it.
 
-    ``prepare`` is called before each of the two, untimed: what is shaped in place must be filled anew.
+    ``prepare`` is called before each of the two and is not timed. It fills tensors again that are shaped in place.
 
-    Records in ``extra_info``: ``ours_ms`` and ``theirs_ms`` (medians), ``ratio`` (median of the ratios of
-    neighbours, above 1 where ours is faster), and ``bytes``, what the byte model says one call must move.
+    ``extra_info`` gets ``ours_ms`` and ``theirs_ms`` (medians), ``ratio`` (the median over rounds of theirs / ours, above 1
+    if ours is faster) and ``bytes``, the bytes that one call must move.
     """
 
     def run(
@@ -34,7 +34,7 @@ def against(benchmark):
             prepare()
 
         benchmark.pedantic(theirs, setup=time_ours, rounds=rounds, warmup_rounds=warmup_rounds)
-        our_seconds = our_seconds[-rounds:]  # without the warm-up's
+        our_seconds = our_seconds[-rounds:]  # drop the warm-up rounds
         their_seconds = benchmark.stats.stats.data
         ratios = [b / a for a, b in zip(our_seconds, their_seconds, strict=True)]
         benchmark.extra_info.update(

@@ -1,4 +1,4 @@
-"""What fastshape is timed against: each contender computes the same thing in another way, or nothing of it at all."""
+"""The contenders of fastshape. Each computes the same in another way, or does no shaping at all."""
 
 from __future__ import annotations
 
@@ -37,22 +37,24 @@ def dropout(x: Tensor) -> Tensor:
 
 
 def published_numpy(x: Tensor) -> Tensor:
-    """The reports' way: a mask by numpy.random.choice on the host, as floats, multiplied in.
+    """The reports' way: numpy.random.choice draws a mask on the host, and x is multiplied by it as floats.
 
-    Without their binarization, which cuts the gradient: so there is a backward pass to time.
+    Their binarization is left out, because it cuts the gradient and would leave no backward pass to time.
     """
     mask = np.random.choice([0, 1], size=tuple(x.shape), p=[P_ZERO, 1 - P_ZERO])
     return x * torch.from_numpy(mask).to(x)
 
 
 def clone(x: Tensor) -> Tensor:
-    """No shaping at all: what a fresh copy of the map costs."""
+    """No shaping: the cost of a fresh copy of the map."""
     return x.clone()
 
 
 class PublishedTargetMaps:
-    """The reports' domain adaptation: the whole network on target images in train mode, a graph built and dropped, float
-    copies of the maps; then the source, its maps multiplied by them.
+    """The reports' domain adaptation.
+
+    The target pass runs the whole network in training mode, builds a graph that nobody uses and keeps float copies of the maps.
+    The source pass multiplies its maps by these copies.
     """
 
     def __init__(self, model: nn.Module, names: list[str]):
@@ -75,7 +77,7 @@ class PublishedTargetMaps:
 
 
 class BatchNormReLU(nn.Module):
-    """An optional shaping, BatchNorm, and the in-place ReLU that ResNets have: what follows a convolution."""
+    """The layers after a convolution: optional shaping, BatchNorm and, as in ResNets, an in-place ReLU."""
 
     def __init__(self, channels: int, shaping=None):
         super().__init__()

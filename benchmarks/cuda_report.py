@@ -1,9 +1,9 @@
-"""What nvcc made of the CUDA kernels, read from the built library: no GPU is needed.
+"""Reads what nvcc made of the CUDA kernels from the compiled library. No GPU is needed.
 
     python benchmarks/cuda_report.py [LIBRARY] [--csv FILE]
 
-One row a kernel and architecture: registers, stack and local memory a thread, 16-byte loads and stores, and the instructions
-that the vectorised loop spends on an element. LIBRARY is the installed fastshape._C_cuda by default.
+Each row is one kernel for one architecture: registers, stack and local memory per thread, 16-byte loads and stores, and
+instructions per element in the vectorised loop. LIBRARY is the installed fastshape._C_cuda by default.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ class Kernel:
     arch: str
     name: str
     registers: int = 0
-    stack: int = 0  # bytes a thread, spills among them
+    stack: int = 0  # bytes per thread, including spills
     local: int = 0
     loads_16: int = 0
     stores_16: int = 0
-    table_loads_16: int = 0  # of what the channels have, which is read through the constant path
+    table_loads_16: int = 0  # loads of channel tables, through the read-only path
     local_accesses: int = 0  # LDL, STL
-    loop_instructions: int = 0  # of the loop with the most 16-byte loads or, without any, stores
+    loop_instructions: int = 0  # in the loop with the most 16-byte loads (without loads: stores)
     per_element: float = 0.0
 
 
 def tool(name: str) -> str | None:
-    """A CUDA binary utility: beside nvcc, on PATH, or in the copy that Triton ships."""
+    """The path of a CUDA binary utility: next to nvcc, on PATH, or in the copy that Triton ships."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     candidates = [Path(nvcc).resolve().parent / name]
-    if found := shutil.which(name):
-        candidates.append(Path(found))
+    if on_path := shutil.which(name):
+        candidates.append(Path(on_path))
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin:
         candidates.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name)
@@ -58,11 +58,11 @@ def library() -> Path | None:
 
 def _readable(symbol: str) -> str:
     """shape_kernel<Float16, binarize, within_one, random> from its mangled name."""
-    found = re.search(r"\d+([a-z_]+)_kernel", symbol)
-    if not found:
+    match = re.search(r"\d+([a-z_]+)_kernel", symbol)
+    if not match:
         return symbol
-    name = found[1]
-    rest = symbol[found.end() :]
+    name = match[1]
+    rest = symbol[match.end() :]
     parts = re.findall(r"NS_\d+(Float\d+|BFloat\d+|Byte)E", rest)
     parts += [f"{_BITS[code]} bits" for code in re.findall(r"^I([sil])L", rest)]
     flags = [int(value) for value in re.findall(r"Lb([01])E", rest)]
@@ -85,10 +85,10 @@ def _run(*command: str) -> str:
 def _resources(cuobjdump: str, path: Path) -> dict[tuple[str, str], Kernel]:
     kernels, arch, symbol = {}, "", ""
     for line in _run(cuobjdump, "--dump-resource-usage", str(path)).splitlines():
-        if found := re.search(r"arch = (sm_\w+)", line):
-            arch = found[1]
-        elif found := re.search(r"Function (\S+):", line):
-            symbol = found[1]
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+):", line):
+            symbol = match[1]
         elif "REG:" in line:
             numbers = {
                 key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)
@@ -100,7 +100,7 @@ def _resources(cuobjdump: str, path: Path) -> dict[tuple[str, str], Kernel]:
 
 
 def _read_code(kernel: Kernel, code: list[tuple[int, str]]) -> None:
-    """Counts in the disassembly: (address, instruction) in order."""
+    """Fill in the counts from the disassembly, a list of (address, instruction) in order."""
     loads = [a for a, text in code if re.search(r"\bLDG\.E\.128(?!\S*CONSTANT)", text)]
     kernel.table_loads_16 = sum(
         bool(re.search(r"\bLDG\.E\.128\S*CONSTANT", text)) for _, text in code
@@ -110,10 +110,10 @@ def _read_code(kernel: Kernel, code: list[tuple[int, str]]) -> None:
     kernel.local_accesses = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for _, text in code)
     best = 0
     for address, text in code:
-        found = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
-        if not found or int(found[1], 16) > address:
+        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if not branch or int(branch[1], 16) > address:
             continue
-        start = int(found[1], 16)
+        start = int(branch[1], 16)
         inside = sum(start <= a <= address for a in loads or stores)
         if inside > best:
             best = inside
@@ -125,7 +125,7 @@ def _read_code(kernel: Kernel, code: list[tuple[int, str]]) -> None:
 
 
 def report(path: Path, cuobjdump: str) -> list[Kernel]:
-    """Every kernel of the library, by architecture and name."""
+    """All kernels of the library, sorted by architecture and name."""
     kernels = _resources(cuobjdump, path)
     arch, symbol, code = "", "", []
 
@@ -134,14 +134,14 @@ def report(path: Path, cuobjdump: str) -> list[Kernel]:
             _read_code(kernels[arch, symbol], code)
 
     for line in _run(cuobjdump, "-sass", str(path)).splitlines():
-        if found := re.search(r"arch = (sm_\w+)", line):
+        if match := re.search(r"arch = (sm_\w+)", line):
             finish()
-            arch, symbol, code = found[1], "", []
-        elif found := re.search(r"Function : (\S+)", line):
+            arch, symbol, code = match[1], "", []
+        elif match := re.search(r"Function : (\S+)", line):
             finish()
-            symbol, code = found[1], []
-        elif found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
-            code.append((int(found[1], 16), found[2]))
+            symbol, code = match[1], []
+        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
+            code.append((int(match[1], 16), match[2]))
     finish()
     return sorted(kernels.values(), key=lambda k: (k.arch, k.name))
 
@@ -153,9 +153,9 @@ def main() -> None:
     arguments = parser.parse_args()
     path, cuobjdump = arguments.library or library(), tool("cuobjdump")
     if path is None:
-        sys.exit("fastshape._C_cuda is not built: python -m fastshape says why")
+        sys.exit("fastshape._C_cuda is not built; python -m fastshape gives the reason")
     if cuobjdump is None:
-        sys.exit("cuobjdump is neither beside nvcc nor on PATH")
+        sys.exit("cuobjdump is neither next to nvcc nor on PATH")
     rows = [asdict(kernel) for kernel in report(path, cuobjdump)]
     names = [field.name for field in fields(Kernel)]
     widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in names}

@@ -1,12 +1,13 @@
-"""Everything that needs a GPU, in one command and one result file.
+"""Runs everything that needs a GPU in one command, with one result file.
 
     python benchmarks/gpu.py [--out FILE] [--budget SECONDS]
 
-Builds the kernels where they are missing, then runs every test marked gpu, a few of them again under compute-sanitizer where
-that is installed, and the timings of gpu_speed.py. The file is replaced as a whole after whatever was found out, so that a
-kill leaves all until then. Each part has a share of the budget; what runs late is cut first, and the file says so.
+It builds the kernels if they are missing and runs all tests marked gpu. Then it runs a few of them under compute-sanitizer, if
+that is installed, and the timings of gpu_speed.py. The file is replaced as a whole after every result, so that a kill loses
+nothing. Each part has a share of the budget. A part that takes longer is cut, and the file says so.
 
-Exit status: 1 if a test or compute-sanitizer found fastshape wrong, or the tests did not run to their end; 2 without a GPU.
+Exit status: 1 if a test fails, if compute-sanitizer reports an error in fastshape or if the tests did not finish; 2 without a
+GPU; else 0.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ HERE = Path(__file__).parent
 
 
 class Result:
-    """What was found out so far, in a file at all times.
+    """The results so far, which are in a file at all times.
 
     Args:
         path: the file.
-        about: what it was found out with.
-        goals: makes a list of goals from all records.
+        about: device, versions, commit and date.
+        goals: makes the list of goals from all records.
     """
 
     def __init__(self, path: Path, about: dict, goals: Callable[[list[dict]], list[dict]]):
@@ -74,42 +75,42 @@ class Result:
 
 
 def summary(records: list[dict]) -> dict:
-    """How many tests passed, failed, were skipped or broke off, and how many errors compute-sanitizer saw in our kernels."""
+    """The number of tests by outcome, and the number of errors that compute-sanitizer reports in our kernels."""
     outcomes = [r["outcome"] for r in records if r["kind"] == "test"]
     counts = {name: outcomes.count(name) for name in ("passed", "failed", "error", "skipped")}
-    seen = sum(r["errors_in_fastshape"] or 0 for r in records if r["kind"] == "sanitizer")
-    return {**counts, "sanitizer_errors": seen}
+    errors = sum(r["errors_in_fastshape"] or 0 for r in records if r["kind"] == "sanitizer")
+    return {**counts, "sanitizer_errors": errors}
 
 
 def exit_status(summary: dict, parts: dict[str, dict]) -> int:
-    """0 or 1; see the top of this file."""
-    wrong = summary["failed"] or summary["error"] or summary["sanitizer_errors"]
-    proven = summary["passed"] and parts.get("tests", {}).get("state") == "done"
-    return 0 if proven and not wrong else 1
+    """0 or 1, as the top of this file says."""
+    failures = summary["failed"] or summary["error"] or summary["sanitizer_errors"]
+    finished = summary["passed"] and parts.get("tests", {}).get("state") == "done"
+    return 0 if finished and not failures else 1
 
 
-# ---- what it was found out with ----
+# ---- device and versions ----
 
 
 def _words(*command: str) -> str | None:
-    """What a command prints; None where there is no such command or it fails."""
+    """The output of a command; None if it does not exist or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     except OSError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
 def facts(budget: float, commit: str | None) -> dict:
     """Device, versions, commit, date.
 
     Args:
-        commit: what to say where the code is not in a git checkout.
+        commit: the commit to record if the code is not in a git checkout.
     """
     import torch
 
     device = torch.cuda.get_device_properties(0)
-    changed = _words("git", "status", "--porcelain", "--untracked-files=no")
+    changes = _words("git", "status", "--porcelain", "--untracked-files=no")
     query = ("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": device.name,
@@ -123,7 +124,7 @@ def facts(budget: float, commit: str | None) -> dict:
         "triton": _version("triton"),
         "python": platform.python_version(),
         "commit": _words("git", "rev-parse", "HEAD") or commit or "unknown",
-        "dirty": None if changed is None else bool(changed),
+        "dirty": None if changes is None else bool(changes),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "budget_s": budget,
     }
@@ -142,20 +143,23 @@ def _version(package: str) -> str | None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """With this checkout before any fastshape that is installed."""
+    """The environment of a child process. This checkout comes before an installed fastshape."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
 def run(command: list[str], limit: float, add: Callable[[dict], None], **variables: str) -> dict:
-    """Run a command, handing on its records as they come.
+    """Run a command and pass its records on as they appear.
 
     Args:
-        command: "RECORDS" in it becomes the name of a file, to which the process appends lines of JSON.
-        limit: seconds after which it is killed, with all it started.
+        command: the word "RECORDS" is replaced by the name of a file, to which the process appends lines of JSON.
+        limit: seconds after which the process and all its children are killed.
+        add: gets each record.
+        variables: additional environment variables.
 
     Returns:
-        dict: ``state`` ("done", or "cut" at the limit, or "failed" by its exit status), ``exit`` and ``output``, its end.
+        dict: ``state`` ("done", "cut" at the limit, or "failed" with a nonzero exit status), ``exit``, the exit status, and
+        ``output``, the last 4000 characters.
     """
     with tempfile.TemporaryDirectory() as folder:
         records, log = Path(folder, "records"), Path(folder, "log")
@@ -184,7 +188,7 @@ def run(command: list[str], limit: float, add: Callable[[dict], None], **variabl
                 try:
                     os.killpg(child.pid, signal.SIGKILL)
                 except ProcessLookupError:
-                    pass  # and it has left nobody behind
+                    pass  # no process of the group is left
                 child.wait()
         state = "cut" if not in_time else "failed" if child.returncode else "done"
         text = log.read_text(errors="replace")
@@ -192,51 +196,51 @@ def run(command: list[str], limit: float, add: Callable[[dict], None], **variabl
 
 
 def end_children_on_sigterm() -> None:
-    """Make the end of this process the end of `run`'s, too."""
+    """Make SIGTERM end this process in the ordinary way, so that `run` kills its child."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
-# ---- the parts: each takes the seconds it has and where to put records, and says how it went ----
+# ---- the parts: each takes a limit in seconds and a function that adds a record, and returns its outcome ----
 
 
 def build(limit: float, add: Callable[[dict], None]) -> dict:
-    """The kernels, where they are not there yet for this torch. Nothing is fetched."""
+    """Build the kernels if there are none for this torch. Nothing is downloaded."""
     missing = _ask("from fastshape.backends import cuda; print(cuda.error() or '')")
-    told = {"state": "done", "reason": "the CUDA kernels were there"}
+    outcome = {"state": "done", "reason": "the CUDA kernels exist"}
     if missing:
         tools = [name for name in ("setuptools", "pybind11") if not importlib.util.find_spec(name)]
         if tools:
-            told = {"state": "failed", "reason": f"building needs {' and '.join(tools)}"}
+            outcome = {"state": "failed", "reason": f"building needs {' and '.join(tools)}"}
         else:
             install = "-m pip install --quiet --no-build-isolation --no-deps -e".split()
-            told = run([sys.executable, *install, str(ROOT)], limit, add)
-            told["reason"] = f"before: {missing}"
-    # Where they could not be built, another backend serves CUDA, and here is which and why.
+            outcome = run([sys.executable, *install, str(ROOT)], limit, add)
+            outcome["reason"] = f"before: {missing}"
+    # If the build failed, another backend serves CUDA; the record says which and why.
     info = _ask("import json, fastshape; print(json.dumps(fastshape.backend_info()))")
     try:
-        return {**told, "backend": json.loads(info)}
+        return {**outcome, "backend": json.loads(info)}
     except ValueError:
         return {"state": "failed", "reason": f"fastshape cannot be imported: {info}"}
 
 
 def _ask(code: str) -> str:
-    """What a Python process prints, or the end of its error."""
-    done = subprocess.run(
+    """The output of a Python process, or the end of its error output."""
+    process = subprocess.run(
         [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True
     )
-    return (done.stdout if done.returncode == 0 else done.stderr[-1000:]).strip()
+    return (process.stdout if process.returncode == 0 else process.stderr[-1000:]).strip()
 
 
 def tests(limit: float, add: Callable[[dict], None]) -> dict:
     return run([sys.executable, str(HERE / "gpu_tests.py"), "RECORDS"], limit, add)
 
 
-# Every kernel, aligned and not, whole tiles and tails.
-SANITIZED = (str(ROOT / "tests" / "test_cuda.py"), "-k", "small or test_pack_random")
+# These tests cover every kernel: aligned and unaligned maps, whole tiles and tails.
+SANITIZED = (str(ROOT / "tests" / "kernels" / "test_cuda.py"), "-k", "small or test_pack_random")
 
 
 def sanitize(limit: float, add: Callable[[dict], None]) -> dict:
-    """memcheck, initcheck and racecheck of compute-sanitizer, over a few tests."""
+    """Run a few tests under memcheck, initcheck and racecheck of compute-sanitizer."""
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "/usr/local/cuda/bin/compute-sanitizer"
     )
@@ -246,26 +250,29 @@ def sanitize(limit: float, add: Callable[[dict], None]) -> dict:
     states = []
     for left, check in zip(range(len(checks), 0, -1), checks, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            log, seen = Path(folder, "log"), []
+            log, records = Path(folder, "log"), []
             command = [tool, "--tool", check, "--log-file", str(log)]
             command += [sys.executable, str(HERE / "gpu_tests.py"), "RECORDS", *SANITIZED]
-            # Every tensor an allocation of its own, or what is read beyond one lies within torch's cache.
+            # Give every tensor an allocation of its own. Otherwise reads after its end stay within torch's cache.
             own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            told = run(command, (end - time.monotonic()) / left, seen.append, **own)
+            outcome = run(command, (end - time.monotonic()) / left, records.append, **own)
             text = log.read_text(errors="replace") if log.is_file() else ""
-        counts = {name: count for name, count in summary(seen).items() if count}
-        add({"kind": "sanitizer", "tool": check, **told, "tests": counts, **read_sanitizer(text)})
-        states.append(told["state"])
+        counts = {name: count for name, count in summary(records).items() if count}
+        add(
+            {"kind": "sanitizer", "tool": check, **outcome, "tests": counts, **read_sanitizer(text)}
+        )
+        states.append(outcome["state"])
     worst = next((state for state in ("failed", "cut") if state in states), "done")
     return {"state": worst, "reason": ", ".join(map("{} {}".format, checks, states))}
 
 
 def read_sanitizer(log: str) -> dict:
-    """From compute-sanitizer's log.
+    """Read the log of compute-sanitizer.
 
     Returns:
-        dict: ``errors``; ``errors_in_fastshape``, those that name our kernels or our calls; and the first few of these as
-        ``reports``. The numbers are None, and the end of the log the report, where it came to no end.
+        dict: ``errors``, the number of errors; ``errors_in_fastshape``, the number of errors that name our kernels or calls;
+        and ``reports``, the first few of these errors. If the log is incomplete, both numbers are None and ``reports`` has the
+        end of the log.
     """
     total = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) ", log)
     if total is None:
@@ -280,12 +287,12 @@ def read_sanitizer(log: str) -> dict:
 
 
 def speed(limit: float, add: Callable[[dict], None]) -> dict:
-    # It stops by itself between two measurements, of which the longest takes half a minute.
+    # The script stops by itself between two measurements. The longest measurement takes half a minute.
     stop = max(limit - 30, limit / 2)
     return run([sys.executable, str(HERE / "gpu_speed.py"), "RECORDS", str(stop)], limit, add)
 
 
-# Share of the budget a part has at most. The last has what is left.
+# The largest share of the budget for each part. The last part gets what is left.
 PARTS = {
     "build": (0.1, build),
     "tests": (0.5, tests),
@@ -295,37 +302,37 @@ PARTS = {
 
 
 def run_parts(result: Result, budget: float, parts: dict[str, tuple[float, Callable]]) -> None:
-    """Run the parts in order, each within its share of the budget and within what is left of it."""
+    """Run the parts in order, each within its share of the budget and within the rest of it."""
     end = time.monotonic() + budget
     for name, (share, part) in parts.items():
         start = time.monotonic()
         limit = min(share * budget, end - start)
         if limit <= 0:
-            told = {"state": "cut", "reason": f"nothing was left of {budget:.0f} s"}
+            outcome = {"state": "cut", "reason": f"the budget of {budget:.0f} s was used up"}
         else:
             print(f"{name}: at most {limit:.0f} s", flush=True)
             try:
-                told = part(limit, result.add)
-            except Exception as error:  # the parts after it may still find something out
-                told = {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
-        spent = {"seconds": round(time.monotonic() - start, 1), "limit_s": round(max(limit, 0), 1)}
-        result.parts[name] = told | spent
+                outcome = part(limit, result.add)
+            except Exception as error:  # the next parts may still succeed
+                outcome = {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
+        times = {"seconds": round(time.monotonic() - start, 1), "limit_s": round(max(limit, 0), 1)}
+        result.parts[name] = outcome | times
         result.save()
-        print(f"{name}: {told['state']} in {spent['seconds']} s {told.get('reason', '')}")
-        if told["state"] == "failed":
-            print(told.get("output", ""))
+        print(f"{name}: {outcome['state']} in {times['seconds']} s {outcome.get('reason', '')}")
+        if outcome["state"] == "failed":
+            print(outcome.get("output", ""))
 
 
 def report(result: Result) -> None:
-    """What a person wants to see first."""
+    """Print failures, missed goals and the summary."""
     for record in result.records:
         if record["kind"] == "test" and record["outcome"] in ("failed", "error"):
             print(f"{record['outcome']}: {record['name']}\n{record['message'][-1000:]}")
     goals = result._goals(result.records)
     for goal in goals:
         if goal["reached"] is not True:
-            said = "not measured" if goal["measured"] is None else f"missed, {goal['measured']}"
-            print(f"{goal['what']}: {said} (goal: {goal['goal']})")
+            state = "not measured" if goal["measured"] is None else f"missed, {goal['measured']}"
+            print(f"{goal['what']}: {state} (goal: {goal['goal']})")
     print(f"{sum(g['reached'] is True for g in goals)} of {len(goals)} goals reached")
     print(", ".join(f"{count} {name}" for name, count in summary(result.records).items()))
     print(result.path)
@@ -334,10 +341,12 @@ def report(result: Result) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE.json")
-    parser.add_argument("--budget", type=float, default=600, help="seconds for all (default: 600)")
-    parser.add_argument("--commit", help="what to record where there is no git checkout")
+    parser.add_argument(
+        "--budget", type=float, default=600, help="seconds for all parts (default: 600)"
+    )
+    parser.add_argument("--commit", help="the commit to record if there is no git checkout")
     arguments = parser.parse_args()
-    import torch  # after the arguments: it takes seconds
+    import torch  # after parsing, because the import takes seconds
 
     if not torch.cuda.is_available():
         print(f"no CUDA device is visible to torch {torch.__version__}", file=sys.stderr)

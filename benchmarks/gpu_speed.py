@@ -1,9 +1,9 @@
-"""How fast shaping is on a GPU, against what people use today. A part of benchmarks/gpu.py, which runs it:
+"""Measures the speed of shaping on a GPU against common alternatives. benchmarks/gpu.py runs it:
 
     python benchmarks/gpu_speed.py RECORDS SECONDS
 
-Appends a line of JSON to the file RECORDS for each thing measured, what matters most first, and begins nothing after SECONDS.
-Times are of a cold cache: the contenders take turns, each with inputs that nobody has touched for longer than the L2 holds.
+It appends a line of JSON to the file RECORDS for each measurement, the most important first, and starts none after SECONDS.
+Times are measured with a cold cache: the contenders take turns, each with inputs that are no longer in the L2 cache.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from fastshape import reference
 from fastshape.backends import triton
 
 P_ZERO = 0.5
-MAP = (64, 112, 112)  # a sample's map after the first convolution of a ResNet, at 224 pixels
+MAP = (64, 112, 112)  # one sample after the first convolution of a ResNet, for 224 pixels
 ROUNDS = 40
-DATASHEET = {"NVIDIA H100 80GB HBM3": 3.35e12}  # bytes a second of its memory
+DATASHEET = {"NVIDIA H100 80GB HBM3": 3.35e12}  # memory bandwidth in bytes per second
 
 
-# ---- what is measured ----
+# ---- cases ----
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Case:
     mask: str  # "random" or "target"
     dtype: str
     direction: str  # "forward", "backward", "forward+backward" or "in place"
-    mib: int  # x has at least as many MiB
+    mib: int  # x has at least this size in MiB
 
 
 MASKS = ("random", "target")
 DTYPES = ("float32", "float16", "bfloat16")
 DIRECTIONS = ("forward", "backward", "forward+backward", "in place")
 MIB = (64, 256)
-# The most wanted first: whatever is cut for want of time is cut from the end.
+# The most important cases first, because a lack of time cuts the last ones.
 CASES = [
     Case(mask, dtype, direction, mib)
     for mib in MIB
@@ -58,13 +58,13 @@ CASES = [
 
 
 def shape_of(case: Case) -> tuple[int, ...]:
-    """(N, 64, 112, 112): the smallest N divisible by 8 with which x has the case's size."""
+    """(N, 64, 112, 112) with the smallest N divisible by 8 for which x has the size of the case."""
     sample = math.prod(MAP) * getattr(torch, case.dtype).itemsize
     return (8 * math.ceil(case.mib * 2**20 / (8 * sample)), *MAP)
 
 
 def moved_bytes(case: Case) -> int:
-    """What shaping must move: for each element and direction x or dy read, y or dx written, and a bit of a target's mask."""
+    """The bytes that shaping must move: per direction, it reads x or dy, writes y or dx and reads the bits of a target mask."""
     n, item = math.prod(shape_of(case)), getattr(torch, case.dtype).itemsize
     directions = 2 if case.direction == "forward+backward" else 1
     return directions * (2 * item * n + (n // 8 if case.mask == "target" else 0))
@@ -85,13 +85,13 @@ def inputs_of(case: Case, device: str) -> Inputs:
 
 
 def sets_to_rotate(set_bytes: int, cache_bytes: int) -> int:
-    """How many sets of inputs it takes so that, when one's turn comes again, twice the cache has been read of the others."""
+    """The number of input sets to rotate: between two uses of a set, the others fill the cache twice."""
     return 1 + max(1, math.ceil(2 * cache_bytes / set_bytes))
 
 
 # ---- contenders ----
 
-# Each is `prepare(direction, inputs)`, which does what is not to be timed and returns the call that is.
+# `prepare(direction, inputs)` does the work that is not timed and returns the call to time.
 Prepare = Callable[[str, Inputs], Callable[[], object]]
 
 
@@ -101,7 +101,7 @@ class Contender:
     masks: tuple[str, ...] = MASKS
     directions: tuple[str, ...] = DIRECTIONS
     sizes: tuple[int, ...] = MIB
-    missing: Callable[[], str | None] = lambda: None  # why it cannot run here, or None
+    missing: Callable[[], str | None] = lambda: None  # the reason why it cannot run here, or None
 
     def serves(self, case: Case) -> bool:
         return (
@@ -110,7 +110,7 @@ class Contender:
 
 
 def by_autograd(shaping: Callable) -> Prepare:
-    """A contender from `shaping(x, mask)`, or `shaping(x, mask, inplace=True)`, that torch can differentiate."""
+    """A contender from a differentiable `shaping(x, mask)`, which may also take ``inplace=True``."""
 
     def prepare(direction, inputs):
         x, grad, mask = inputs.x, inputs.grad, inputs.mask
@@ -153,7 +153,7 @@ def dropout(x, mask, inplace=False):
 
 
 def triton_ops(direction, inputs):
-    """The Triton kernels without autograd around them, whatever backend was chosen."""
+    """The Triton kernels without autograd, for any chosen backend."""
     x, grad = inputs.x, inputs.grad
     bits = None if inputs.mask is None else inputs.mask.bits
 
@@ -161,9 +161,9 @@ def triton_ops(direction, inputs):
         return None if bits is not None else fastshape.rng_state(device=x.device)
 
     def forward_and_backward():
-        drawn = state()
-        y = triton.shape(x, drawn, bits, P_ZERO, True)
-        return y, triton.shape(grad, drawn, bits, P_ZERO, False)
+        rng_state = state()
+        y = triton.shape(x, rng_state, bits, P_ZERO, True)
+        return y, triton.shape(grad, rng_state, bits, P_ZERO, False)
 
     if direction == "forward":
         return lambda: triton.shape(x, state(), bits, P_ZERO, True)
@@ -172,12 +172,12 @@ def triton_ops(direction, inputs):
         return lambda: triton.shape_(x, state(), bits, P_ZERO, True)
     if direction == "forward+backward":
         return forward_and_backward
-    drawn = state()
-    return lambda: triton.shape(grad, drawn, bits, P_ZERO, False)
+    rng_state = state()
+    return lambda: triton.shape(grad, rng_state, bits, P_ZERO, False)
 
 
 def copies(direction, inputs):
-    """No shaping at all: fresh copies of what is read."""
+    """No shaping: fresh copies of the inputs."""
     x, grad = inputs.x, inputs.grad
     if direction == "forward+backward":
         return lambda: (x.clone(), grad.clone())
@@ -190,7 +190,7 @@ CONTENDERS = {
     "copy": Contender(copies),
     "Triton kernels": Contender(triton_ops, missing=triton.error),
     "F.dropout": Contender(by_autograd(dropout), masks=("random",)),
-    # Where there is a goal for it, and at one size: each case is seconds of compiling.
+    # Only the cases that have a goal, and one size: each case takes seconds to compile.
     "reference, torch.compile": Contender(
         by_autograd(compiled_reference),
         directions=("forward", "forward+backward"),
@@ -205,33 +205,33 @@ CONTENDERS = {
 
 
 class CudaClock:
-    """Time as the GPU sees it.
+    """Measures time on the GPU.
 
     Args:
-        cache_bytes: of the L2.
+        cache_bytes: size of the L2 cache.
     """
 
     def __init__(self, cache_bytes: int):
         self._scratch = torch.empty(2 * cache_bytes, dtype=torch.uint8, device="cuda")
-        # How long a cycle of the waiting kernel takes is the GPU's own affair.
+        # The duration of a cycle of the waiting kernel depends on the GPU.
         torch.cuda._sleep(1000)
         start, cycles = self.mark(), 20_000_000
         torch.cuda._sleep(cycles)
         self._cycles_per_ms = cycles / self.milliseconds(start, self.mark())
 
     def mark(self) -> torch.cuda.Event:
-        """A place in the stream."""
+        """An event at the current position of the stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def delay(self, milliseconds: float) -> None:
-        """Have the GPU fill its cache with something else, and then wait before it does what is enqueued next."""
+        """Make the GPU overwrite its cache and then wait before the work that is enqueued next."""
         self._scratch.fill_(1)
         torch.cuda._sleep(int(milliseconds * self._cycles_per_ms))
 
     def passed(self, mark) -> bool:
-        """Whether the GPU has come to a place."""
+        """Whether the GPU has reached a mark."""
         return mark.query()
 
     def milliseconds(self, start, end) -> float:
@@ -240,24 +240,25 @@ class CudaClock:
 
 
 def time_in_turn(
-    prepared: Mapping[str, Callable[[], Callable[[], object]]], clock, rounds: int
+    contenders: Mapping[str, Callable[[], Callable[[], object]]], clock, rounds: int
 ) -> dict[str, list[float]]:
     """Milliseconds of each contender in each round.
 
     In a round each contender has one turn. The GPU waits until the host has enqueued the whole round, so that no turn
-    holds time in which it waited for the host; a round where it woke too early is thrown away, and the next waits longer.
+    includes time in which the GPU waited for the host. If the GPU starts too early, the round is discarded and the next one
+    waits longer.
 
     Args:
-        prepared: by name, what to call before each turn; it returns the call to time.
+        contenders: by name, a function that is called before each turn and returns the call to time.
 
     Raises:
-        RuntimeError: the host is too slow to ever be done in time.
+        RuntimeError: the host cannot enqueue a round within half a second.
     """
-    times = {name: [] for name in prepared}
+    times = {name: [] for name in contenders}
     wait = 2.0
-    kept = []  # what a turn returned lives until the next round: memory just freed would still be in the cache
+    last_results = []  # results live until the next round, because memory that was just freed is still in the cache
     while len(next(iter(times.values()))) < rounds:
-        calls = {name: prepare() for name, prepare in prepared.items()}
+        calls = {name: prepare() for name, prepare in contenders.items()}
         clock.delay(wait)
         awake, marks, results = clock.mark(), {}, []
         for name, call in calls.items():
@@ -265,35 +266,35 @@ def time_in_turn(
             results.append(call())
             marks[name] = (start, clock.mark())
         late = clock.passed(awake)
-        spent = {name: clock.milliseconds(*ends) for name, ends in marks.items()}
-        kept = results
+        durations = {name: clock.milliseconds(*ends) for name, ends in marks.items()}
+        last_results = results
         if late:
             wait *= 2
             if wait > 500:
                 raise RuntimeError("the host did not enqueue a round in half a second")
             continue
-        for name, milliseconds in spent.items():
+        for name, milliseconds in durations.items():
             times[name].append(milliseconds)
-    del kept
+    del last_results
     return times
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, and the values below which 20 and 80 percent lie."""
+    """The median and the 20th and 80th percentiles."""
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return {"median": statistics.median(values), "p20": cuts[1], "p80": cuts[7]}
 
 
 def speed_rows(case: Case, times: Mapping[str, list[float]], datasheet: float | None) -> list[dict]:
-    """One row a contender: times in ms, GB/s by the byte model (1 GB = 1e9 bytes), and how often fastshape is faster."""
+    """One row per contender: times in ms, GB/s by the byte model (1 GB = 1e9 bytes) and the speed-up of fastshape."""
     model = moved_bytes(case)
-    # The copy moves what the shaping of a random map does; its rate is the memory's own.
+    # A copy moves as many bytes as shaping with a random mask; its rate is the speed of the memory.
     n, item = math.prod(shape_of(case)), getattr(torch, case.dtype).itemsize
-    copied = 2 * item * n * (2 if case.direction == "forward+backward" else 1)
-    copy_rate = copied / statistics.median(times["copy"]) * 1e3 if "copy" in times else None
+    copy_bytes = 2 * item * n * (2 if case.direction == "forward+backward" else 1)
+    copy_rate = copy_bytes / statistics.median(times["copy"]) * 1e3 if "copy" in times else None
     rows = []
     for name, values in times.items():
-        rate = (copied if name == "copy" else model) / statistics.median(values) * 1e3
+        rate = (copy_bytes if name == "copy" else model) / statistics.median(values) * 1e3
         rows.append(
             {
                 "kind": "speed",
@@ -301,7 +302,7 @@ def speed_rows(case: Case, times: Mapping[str, list[float]], datasheet: float | 
                 "shape": shape_of(case),
                 "contender": name,
                 "ms": spread(values),
-                "bytes": copied if name == "copy" else model,
+                "bytes": copy_bytes if name == "copy" else model,
                 "GB_per_s": rate / 1e9,
                 "share_of_datasheet": rate / datasheet if datasheet else None,
                 "share_of_copy": rate / copy_rate if copy_rate else None,
@@ -315,13 +316,13 @@ def speed_rows(case: Case, times: Mapping[str, list[float]], datasheet: float | 
 
 
 def run_case(case: Case, clock, device: str, cache_bytes: int, datasheet=None, rounds=ROUNDS):
-    """Yields speed rows, and an error for each contender that failed."""
-    torch._dynamo.reset()  # each case compiles its own code, and the number of variants is limited
+    """Yields speed rows, and an error for each contender that fails."""
+    torch._dynamo.reset()  # each case compiles its own code, but torch limits the number of variants
     first = inputs_of(case, device)
     set_bytes = 2 * first.x.numel() * first.x.element_size()
     more = sets_to_rotate(set_bytes, cache_bytes) - 1
     turns = itertools.cycle([first, *(inputs_of(case, device) for _ in range(more))])
-    prepared = {}
+    contenders = {}
     for name, contender in CONTENDERS.items():
         if not contender.serves(case):
             continue
@@ -329,15 +330,15 @@ def run_case(case: Case, clock, device: str, cache_bytes: int, datasheet=None, r
         try:
             if problem := contender.missing():
                 raise RuntimeError(problem)
-            for _ in range(3):  # compiles, and has the allocator find its memory
+            for _ in range(3):  # compiles the code and fills the allocator's cache
                 prepare()()
         except Exception as error:  # a contender that fails must not end the others
             yield {"kind": "error", "what": f"{name}, {case}", "error": _short(error)}
             continue
-        prepared[name] = prepare
-    if "fastshape" not in prepared:
+        contenders[name] = prepare
+    if "fastshape" not in contenders:
         return
-    yield from speed_rows(case, time_in_turn(prepared, clock, rounds), datasheet)
+    yield from speed_rows(case, time_in_turn(contenders, clock, rounds), datasheet)
 
 
 def _bound(prepare: Prepare, direction: str, turns: Iterable[Inputs]):
@@ -354,23 +355,23 @@ SMALL = (8, 64, 7, 7)
 
 
 def saved_bytes(call: Callable[[], object]) -> int:
-    """Bytes that autograd keeps for the backward pass of a call, each stretch of memory once."""
-    seen = {}
+    """Bytes that autograd saves for the backward pass of a call. A tensor that is saved twice counts once."""
+    sizes = {}
 
     def keep(t):
-        seen[t.data_ptr()] = t.numel() * t.element_size()
+        sizes[t.data_ptr()] = t.numel() * t.element_size()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         call()
-    return sum(seen.values())
+    return sum(sizes.values())
 
 
 def saved_rows(device: str):
-    """What each contender keeps for the backward pass of a map of n elements."""
+    """Bytes that each contender saves for the backward pass of a map of n elements."""
     x = torch.randn(32, *MAP, device=device, requires_grad=True)
     mask = fastshape.BitMask.from_tensor(x)
-    for kind, given in (("random", None), ("target", mask)):
+    for kind, mask_argument in (("random", None), ("target", mask)):
         for name, shaping in (
             ("fastshape", fastshape_shape),
             ("F.dropout", dropout),
@@ -378,15 +379,15 @@ def saved_rows(device: str):
         ):
             if name == "F.dropout" and kind == "target":
                 continue
-            kept = saved_bytes(lambda shaping=shaping, given=given: shaping(x, given))
+            size = saved_bytes(lambda shaping=shaping, argument=mask_argument: shaping(x, argument))
             yield {
-                "kind": "saved", "mask": kind, "contender": name, "n": x.numel(), "bytes": kept,
-                "of_mask": kept / mask.bits.numel(),
+                "kind": "saved", "mask": kind, "contender": name, "n": x.numel(), "bytes": size,
+                "of_mask": size / mask.bits.numel(),
             }  # fmt: skip
 
 
 def small_calls(device: str, backward: bool = False) -> dict[str, Callable[[], object]]:
-    """Calls on a tensor so small that only the launch costs: the forward pass in training, or both passes."""
+    """Calls on a tensor so small that only the launch takes time: the forward pass in training, or both passes."""
     x = torch.randn(SMALL, device=device, requires_grad=True)
     mask = fastshape.BitMask.from_tensor(x)
     state, grad = fastshape.rng_state(1, device=device), torch.ones_like(x)
@@ -407,23 +408,23 @@ def small_calls(device: str, backward: bool = False) -> dict[str, Callable[[], o
 
 
 def host_times(calls: Mapping[str, Callable[[], object]], wait, calls_each=200, rounds=25):
-    """Microseconds of the host for each call: many in a row, the device waited for before and not within."""
+    """Microseconds of host time per call, over many calls in a row. The host waits for the device only before them."""
     times = {name: [] for name in calls}
-    for measured in range(-3, rounds):
+    for index in range(-3, rounds):  # three rounds to warm up
         for name, call in calls.items():
             wait()
             start = time.perf_counter()
             for _ in range(calls_each):
                 call()
-            spent = time.perf_counter() - start
-            if measured >= 0:
-                times[name].append(1e6 * spent / calls_each)
+            seconds = time.perf_counter() - start
+            if index >= 0:
+                times[name].append(1e6 * seconds / calls_each)
     wait()
     return times
 
 
 def graph_times(calls: Mapping[str, Callable[[], object]], clock, calls_each=200, rounds=25):
-    """Microseconds of the GPU for each call, as one of many in a captured graph that is replayed."""
+    """Microseconds of GPU time per call, over many calls in a captured graph that is replayed."""
     graphs = {}
     for name, call in calls.items():
         side = torch.cuda.Stream()
@@ -436,18 +437,18 @@ def graph_times(calls: Mapping[str, Callable[[], object]], clock, calls_each=200
             for _ in range(calls_each):
                 call()
     times = {name: [] for name in calls}
-    for measured in range(-3, rounds):
+    for index in range(-3, rounds):  # three rounds to warm up
         for name, graph in graphs.items():
             start = clock.mark()
             graph.replay()
-            spent = clock.milliseconds(start, clock.mark())
-            if measured >= 0:
-                times[name].append(1e3 * spent / calls_each)
+            milliseconds = clock.milliseconds(start, clock.mark())
+            if index >= 0:
+                times[name].append(1e3 * milliseconds / calls_each)
     return times
 
 
 def overhead_rows(where: str, times: Mapping[str, list[float]]) -> list[dict]:
-    """One row a contender: microseconds a call, and how many times F.dropout's."""
+    """One row per contender: microseconds per call, and their ratio to F.dropout's."""
     dropouts = times["F.dropout"]
     return [
         {
@@ -468,11 +469,11 @@ def overhead_rows(where: str, times: Mapping[str, list[float]]) -> list[dict]:
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "==": operator.eq}
 
 
-def wanted() -> list[tuple[str, dict, list[tuple[str, str, float]]]]:
-    """The figures to reach: what, the fields of the record that answers it, and what is asked of it, any of which does."""
+def requirements() -> list[tuple[str, dict, list[tuple[str, str, float]]]]:
+    """What each goal is about, the fields of its record, and its conditions, one of which must hold."""
     table = []
     for case in CASES:
-        if case.direction == "in place":  # measured, but nothing was promised of it
+        if case.direction == "in place":  # measured, but without a goal
             continue
         what = f"{case.direction}, {case.mask}, {case.dtype}, {case.mib} MiB"
         record = {"kind": "speed", **asdict(case)}
@@ -484,14 +485,14 @@ def wanted() -> list[tuple[str, dict, list[tuple[str, str, float]]]]:
             ("reference, torch.compile", level, 1),
             ("F.dropout", ">", 1),
         ):
-            # A backward pass alone is compared with the memory alone.
+            # A backward pass alone is compared only with the speed of the memory.
             if CONTENDERS[name].serves(case) and case.direction != "backward":
                 faster = [("fastshape_is_faster", sign, times)]
                 table.append((f"{what}: against {name}", record | {"contender": name}, faster))
     record = {"kind": "saved", "contender": "fastshape"}
-    for mask, kept in (("random", ("bytes", "==", 16)), ("target", ("of_mask", "==", 1))):
-        table.append((f"saved for backward, {mask}", record | {"mask": mask}, [kept]))
-    # In a graph they are to be equal: as equal as two runs of one thing come out.
+    for mask, size in (("random", ("bytes", "==", 16)), ("target", ("of_mask", "==", 1))):
+        table.append((f"saved for backward, {mask}", record | {"mask": mask}, [size]))
+    # In a graph the times should be equal, up to the difference between two runs of the same call.
     for where, most in (("eager", 1.5), ("eager, with backward", 1.5), ("graph", 1.05)):
         for name in ("fastshape, random", "fastshape, target"):
             record = {"kind": "overhead", "where": where, "contender": name}
@@ -500,30 +501,30 @@ def wanted() -> list[tuple[str, dict, list[tuple[str, str, float]]]]:
 
 
 def goals(records: list[dict]) -> list[dict]:
-    """The figures to reach, and what was measured.
+    """All goals with the measured values.
 
     Returns:
-        list of ``{what, goal, measured, reached}``; the last two are None where nothing was measured.
+        list of ``{what, goal, measured, reached}``; the last two are None without a measurement.
     """
-    found = []
-    for what, fields, asked in wanted():
+    rows = []
+    for what, fields, conditions in requirements():
         match = (r for r in records if all(r.get(key) == value for key, value in fields.items()))
         row = next(match, None)
-        measured = row and {name: row[name] for name, _, _ in asked}
+        measured = row and {name: row[name] for name, _, _ in conditions}
         reached = row and any(
             row[name] is not None and _COMPARE[sign](row[name], bound)
-            for name, sign, bound in asked
+            for name, sign, bound in conditions
         )
-        goal = " or ".join(f"{name} {sign} {bound}" for name, sign, bound in asked)
-        found.append({"what": what, "goal": goal, "measured": measured, "reached": reached})
-    return found
+        goal = " or ".join(f"{name} {sign} {bound}" for name, sign, bound in conditions)
+        rows.append({"what": what, "goal": goal, "measured": measured, "reached": reached})
+    return rows
 
 
-# ---- all of it ----
+# ---- everything ----
 
 
 def measure_all(seconds: float):
-    """Yields records until everything is measured or the time is up; then says what was left out."""
+    """Yields records until everything is measured or the time is up, then one with what is missing."""
     start = time.perf_counter()
     cache_bytes = torch.cuda.get_device_properties("cuda").L2_cache_size
     clock = CudaClock(cache_bytes)
@@ -550,7 +551,7 @@ def measure_all(seconds: float):
             continue
         try:
             yield from task()
-        except Exception as error:  # what comes after may still be measured
+        except Exception as error:  # the next tasks may still succeed
             yield {"kind": "error", "what": name, "error": _short(error)}
         torch.cuda.empty_cache()
     if left_out:

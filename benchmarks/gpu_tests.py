@@ -1,8 +1,8 @@
-"""Runs the tests marked gpu, or those named. A part of benchmarks/gpu.py, which runs it:
+"""Runs all tests marked gpu, or a selection of them. benchmarks/gpu.py runs it:
 
-    python benchmarks/gpu_tests.py RECORDS [PYTEST'S ARGUMENTS]
+    python benchmarks/gpu_tests.py RECORDS [ARGUMENTS OF PYTEST]
 
-Appends a line of JSON to the file RECORDS as each test ends, so that a kill leaves what had been found out.
+It appends a line of JSON to the file RECORDS at the end of each test, so that a kill loses no result.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ TESTS = Path(__file__).parent.parent / "tests"
 
 
 def files() -> list[Path]:
-    """The files with such tests. The others need not be imported, nor what they import be installed."""
-    return sorted(p for p in TESTS.glob("test_*.py") if "pytest.mark.gpu" in p.read_text())
+    """The files with tests marked gpu. The other files are not imported, so that their dependencies may be missing."""
+    return sorted(p for p in TESTS.rglob("test_*.py") if "pytest.mark.gpu" in p.read_text())
 
 
 class Records:
-    """What pytest calls: writes one record a test."""
+    """A pytest plugin that writes one record per test."""
 
     def __init__(self, path: str):
         self.file = open(path, "a", buffering=1)
@@ -32,7 +32,7 @@ class Records:
             self._write(report.nodeid, "error", 0.0, report.longreprtext)
 
     def pytest_runtest_logreport(self, report) -> None:
-        # A test has three reports. Setting up and tearing down are told of where they failed or skipped.
+        # A test has three reports. Those of set-up and tear-down are written only if they fail or skip.
         if report.when == "call" or not report.passed:
             outcome = "error" if report.failed and report.when != "call" else report.outcome
             message = report.longreprtext if not report.passed else ""
@@ -50,7 +50,7 @@ def main() -> int:
     code = pytest.main(
         ["-q", "-m", "gpu", "-p", "no:cacheprovider", *arguments], plugins=[Records(sys.argv[1])]
     )
-    return 0 if code == pytest.ExitCode.TESTS_FAILED else code  # which, the records tell
+    return 0 if code == pytest.ExitCode.TESTS_FAILED else code  # the records have the failures
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Instructions that one call costs on a map so small that nothing else does: counted by callgrind, which needs valgrind.
+"""Counts the instructions of one call on a very small map, where only the overhead of a call matters. It needs valgrind.
 
-python benchmarks/instructions.py --save .benchmarks/instructions.csv      # minutes: torch starts slowly in valgrind
+python benchmarks/instructions.py --save .benchmarks/instructions.csv      # takes minutes: torch starts slowly in valgrind
 
-The counts depend on the versions of Python, torch and the compiler, and hardly on the machine or on what else it does.
-Valgrind has no AVX-512: what is counted there are the AVX2 kernels, of which a map this small sees next to nothing.
+The counts depend on the versions of Python, torch and the compiler. They hardly depend on the machine or its load.
+Valgrind has no AVX-512, so the AVX2 kernels run; on a map this small they hardly contribute.
 """
 
 import argparse
@@ -26,51 +26,51 @@ from torch.utils.benchmark import Timer
 import fastshape
 
 SIZE = (1, 8, 2, 2)
-CALLS = 20  # of each case are counted
-NOTHING = "nothing"  # what counting itself costs, taken off the others
+CALLS = 20  # counted calls of each case
+NOTHING = "nothing"  # the cost of counting itself, which is subtracted from the other cases
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """What is counted: forward, and forward + backward with a gradient for the map and for all parameters."""
+    """The calls to count: forward, and forward + backward with gradients for the map and all parameters."""
     x, grad = torch.randn(SIZE), torch.randn(SIZE)
     weight = torch.zeros((), requires_grad=True)
 
-    def trained(block, parameters=()):
+    def step(block, parameters=()):
         def call():
             y = block(ConvolutionOutput.apply(weight, x.detach_()))
             torch.autograd.grad(y, [weight, *parameters], grad)
 
         return call
 
-    def trained_module(block):
-        return trained(block, tuple(block.parameters()))
+    def module_step(block):
+        return step(block, tuple(block.parameters()))
 
     shaped = fastshape.ShapedBatchNorm2d(SIZE[1], p_zero=P_ZERO, relu=True, inplace=True)
     return {
         NOTHING: lambda: None,
         "F.dropout": lambda: contenders.dropout(x),
         "fastshape.shape": lambda: contenders.fastshape_shape(x),
-        "no op, forward + backward": trained(lambda z: z),
-        "F.dropout, forward + backward": trained(contenders.dropout),
-        "fastshape.shape, forward + backward": trained(contenders.fastshape_shape),
-        "BatchNorm + ReLU, forward + backward": trained_module(BatchNormReLU(SIZE[1])),
-        "ShapedBatchNorm2d, forward + backward": trained_module(shaped),
+        "no op, forward + backward": step(lambda z: z),
+        "F.dropout, forward + backward": step(contenders.dropout),
+        "fastshape.shape, forward + backward": step(contenders.fastshape_shape),
+        "BatchNorm + ReLU, forward + backward": module_step(BatchNormReLU(SIZE[1])),
+        "ShapedBatchNorm2d, forward + backward": module_step(shaped),
     }
 
 
 def turns(warm_up: int) -> Iterator[Callable[[], object]]:
-    """What the counted statement calls: nothing while it warms up, then every case CALLS times, each warm by now."""
-    made = cases()
+    """The calls of the counted statement: nothing during its warm-up, then each case CALLS times. All cases are warm."""
+    calls = cases()
     for _ in range(3):
-        for call in made.values():
+        for call in calls.values():
             call()
-    return chain(repeat(made[NOTHING], warm_up), *(repeat(call, CALLS) for call in made.values()))
+    return chain(repeat(calls[NOTHING], warm_up), *(repeat(call, CALLS) for call in calls.values()))
 
 
-def counted() -> dict[str, int]:
-    """Instructions of one call of each case, all in one process."""
+def instruction_counts() -> dict[str, int]:
+    """Instructions per call of each case, counted in one process."""
     folder = str(Path(__file__).parent)
-    # Timer warms up by as many calls as it counts, at most 10, and starts the first `python` that it finds.
+    # Timer warms up with as many calls as it counts, at most 10, and starts the first `python` on PATH.
     setup = f"import sys; sys.path.insert(0, {folder!r}); import instructions; turns = instructions.turns({min(CALLS, 10)})"
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     names = list(cases())
@@ -87,8 +87,10 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="CSV to write")
     arguments = parser.parse_args()
     if shutil.which("valgrind") is None:
-        parser.error("there is no valgrind here")
-    rows = [{"call": name, "instructions": str(count)} for name, count in counted().items()]
+        parser.error("valgrind is not installed")
+    rows = [
+        {"call": name, "instructions": str(count)} for name, count in instruction_counts().items()
+    ]
     about = table.facts(platform.machine(), time.strftime("%Y-%m-%d"))
     table.show(rows, about)
     if arguments.save:

@@ -1,9 +1,10 @@
-"""Where the time and the memory of a training step go: unshaped, and shaped in each way, side by side.
+"""Profiles time and memory of a training step: unshaped, and shaped in each way, side by side.
 
 python benchmarks/profile_step.py --save .benchmarks/profile.csv --trace replace-1-4 .benchmarks/trace.json
 
-Each round times one step of every way without the profiler, then profiles one. Time is self time, on a GPU that of
-the kernels. An op counts for the group of the outermost range that has one: what a convolution calls is convolution.
+Each round times one step of every way without the profiler and then profiles one. Times are self times; on a GPU they are
+those of the kernels. An op belongs to the group of its outermost range that has a group: the ops that a convolution calls are
+counted as convolution.
 """
 
 import argparse
@@ -27,12 +28,12 @@ WAYS = {
     "replace-1-4": lambda **size: Step(attached(FEW, "replace"), **size),
     "hooks-1-4": lambda **size: Step(attached(FEW, "hooks"), **size),
     "replace-17": lambda **size: Step(attached(ALL, "replace"), **size),
-    "target-4": target_step,  # recorded and trained, by replacement
+    "target-4": target_step,  # target pass and training, by replacement
     "reference-1-4": lambda **size: Step(hooked(contenders.eager_reference, FEW), **size),
 }
 STEP, RECORDING = "training step", "recording pass"
 OTHER, BETWEEN = "other ops", "between ops"
-# group: what one of the names of its ops and ranges has in it
+# group: parts of the names of its ops and ranges
 GROUPS = {
     RECORDING: (RECORDING,),
     "optimizer": ("Optimizer.",),
@@ -51,8 +52,12 @@ def is_op(name: str) -> bool:
     return "::" in name and "autograd::" not in name
 
 
-def profiled(step, device: str) -> tuple[Counter, Counter, profile]:
-    """One step: its measures, without the whole step's time; how often each op was called, nested or not; the profile."""
+def profile_once(step, device: str) -> tuple[Counter, Counter, profile]:
+    """Profile one step.
+
+    Returns:
+        Its measures except the time of the whole step; the number of calls of each op, including nested ones; the profile.
+    """
     cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
@@ -64,11 +69,11 @@ def profiled(step, device: str) -> tuple[Counter, Counter, profile]:
     def visit(event, group, within_op):
         name = event.name
         if group in (None, BETWEEN, OTHER):
-            found = (g for g, words in GROUPS.items() if any(word in name for word in words))
-            group = next(found, OTHER)
+            groups = (g for g, words in GROUPS.items() if any(word in name for word in words))
+            group = next(groups, OTHER)
         if not cuda:
             measures[group, "ms"] += event.self_cpu_time_total / 1e3
-        elif not event.is_user_annotation:  # a named range: its kernels are those of its ops
+        elif not event.is_user_annotation:  # a named range has no kernels of its own
             measures[group, "ms"] += event.self_device_time_total / 1e3
         if is_op(name):
             ops[name] += 1
@@ -109,25 +114,25 @@ def with_named_recording(step: Step) -> Step:
 def profile_ways(
     batch: int, side: int, steps: int, device: str
 ) -> tuple[list[dict], dict[str, Counter]]:
-    """Every way in turn, `steps` times after one to warm up.
+    """Profile all ways in turn, `steps` times after one round to warm up.
 
     Returns:
-        A row a measure: its name, its unit, and the median of each way; and each way's calls of each op.
+        One row per measure, with its name, its unit and the median for each way; and the calls of each op, by way.
     """
     with torch.device(device):
-        made = {
+        trainings = {
             way: with_named_recording(make(batch=batch, side=side)) for way, make in WAYS.items()
         }
-    runs, ops = {way: [] for way in made}, {}
+    runs, ops = {way: [] for way in trainings}, {}
     for _ in range(1 + steps):
-        for way, step in made.items():
+        for way, step in trainings.items():
             whole = seconds(step, device)
-            measures, ops[way], _ = profiled(step, device)
+            measures, ops[way], _ = profile_once(step, device)
             measures[STEP, "ms"] = 1e3 * whole
             runs[way].append(measures)
     rows = []
     for name, unit in MEASURES:
-        values = {way: statistics.median(m[name, unit] for m in runs[way][1:]) for way in made}
+        values = {way: statistics.median(m[name, unit] for m in runs[way][1:]) for way in trainings}
         digits = 0 if unit == "calls" else 1
         rows.append(
             {"what": name, "unit": unit} | {w: f"{v:.{digits}f}" for w, v in values.items()}
@@ -136,7 +141,7 @@ def profile_ways(
 
 
 def differences(ops: Counter, unshaped: Counter) -> str:
-    """The ops that are called more or less often than in the unshaped step, and how much."""
+    """The ops with another number of calls than in the unshaped step, and the differences."""
     difference = Counter(ops)
     difference.subtract(unshaped)
     return ", ".join(f"{n:+d} {name}" for name, n in sorted(difference.items()) if n)
@@ -146,7 +151,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=BATCH, help="images (default: %(default)s)")
     parser.add_argument("--side", type=int, default=SIDE, help="pixels (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="of each way (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="steps of each way (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--save", type=Path, help="CSV to write")
     parser.add_argument(
@@ -158,7 +165,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = arguments.device
     if arguments.trace and arguments.trace[0] not in WAYS:
-        parser.error(f"--trace: {arguments.trace[0]!r} is none of {', '.join(WAYS)}")
+        parser.error(f"--trace: {arguments.trace[0]!r} is not allowed; allowed: {', '.join(WAYS)}")
     if arguments.steps < 1:
         parser.error(f"--steps: {arguments.steps} must be at least 1")
     size = {"batch": arguments.batch, "side": arguments.side}
@@ -179,7 +186,7 @@ def main() -> None:
         with torch.device(device):
             step = with_named_recording(WAYS[way](**size))
         step()
-        profiled(step, device)[-1].export_chrome_trace(path)
+        profile_once(step, device)[-1].export_chrome_trace(path)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Draws the roofline of a machine and where fastshape and its contenders stand under it.
+"""Draws the roofline of a machine, with fastshape and its contenders below it.
 
 python benchmarks/roofline.py .benchmarks/last.json --save benchmarks/results/NAME.png
 
-Across: operations of the algorithm for each byte that it must move. Upwards: operations done in a second, over the
-same counts for everybody: a contender that moves more bytes, or computes more than it must, stands lower.
+The horizontal axis is operations of the algorithm per byte that it must move. The vertical axis is operations per second. All
+contenders use the same counts, so that a contender which moves or computes more than necessary is drawn lower.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Integer operations an element. Philox: ten rounds of two products, four xors and two key additions for eight elements, and
-# a comparison for each. Shaping: is it positive, and two selections. BatchNorm of bits: a selection forward; a product, a
-# sum and three selections backward, and the two sums.
+# Integer operations per element. Philox: ten rounds of two products, four xors and two key additions for eight elements, plus
+# one comparison per element. Shaping: one comparison and two selections. BatchNorm of bits: one selection forward; a product,
+# a sum, three selections and the two channel sums backward.
 RANDOM = 10 * 8 / 8 + 1
 SHAPE = 3
-# test: operations an element in what is timed, and bytes an element (float32).
+# test: operations per element in the timed call, and bytes per element (float32).
 WORK = {
     "random_shaping forward": (RANDOM + SHAPE, 8),
     "random_shaping forward+backward": (2 * (RANDOM + SHAPE) - 1, 16),
@@ -32,8 +32,8 @@ WORK = {
 
 
 def points(report: dict) -> list[tuple[str, str, float, float, float]]:
-    """(work, contender, operations a byte, our Gop/s, their Gop/s) for each benchmark of a large map."""
-    found = []
+    """(work, contender, operations per byte, our Gop/s, their Gop/s) for each benchmark of a large map."""
+    rows = []
     for entry in report["benchmarks"]:
         info, case = entry["extra_info"], entry["param"] or ""
         work = entry["name"].split("[")[0].removeprefix("test_")
@@ -45,12 +45,12 @@ def points(report: dict) -> list[tuple[str, str, float, float, float]]:
         total = operations * info["bytes"] / size
         rates = (total / info[key] / 1e6 for key in ("ours_ms", "theirs_ms"))
         contender = "float mask" if work == "target_shaping" else case.split("-")[0]
-        found.append((work, contender, operations / size, *rates))
-    return found
+        rows.append((work, contender, operations / size, *rates))
+    return rows
 
 
 def roofs(report: dict) -> tuple[float, float, float]:
-    """GB/s of a copy to warm and to fresh memory, and Gop/s of Philox alone."""
+    """GB/s of a copy to warm memory, GB/s of a copy to fresh memory, and Gop/s of Philox alone."""
     by_name = {entry["name"]: entry for entry in report["benchmarks"]}
 
     def rate(name, amount):
@@ -88,20 +88,22 @@ def draw(report: dict, path: Path) -> None:
         ours.setdefault(work, []).append((intensity, our_rate))
         name = contender.removeprefix("shaped_").replace("_of_reference", "").replace("_", " ")
         others.setdefault(name, []).append((intensity, their_rate))
-    drawn = []
-    for marker, (name, seen) in zip("osv^<>Xd*P", others.items(), strict=False):
+    lines = []
+    for marker, (name, values) in zip("osv^<>Xd*P", others.items(), strict=False):
         style = {"marker": marker, "ls": "", "mfc": "none", "mec": "0.4", "ms": 5, "label": name}
-        drawn += axes.plot(*zip(*seen, strict=True), **style)
-    axes.add_artist(axes.legend(handles=drawn, title="contenders", fontsize=7, loc="lower right"))
+        lines += axes.plot(*zip(*values, strict=True), **style)
+    axes.add_artist(axes.legend(handles=lines, title="contenders", fontsize=7, loc="lower right"))
     mine = list(axes.get_lines()[:2])
-    for work, seen in ours.items():
-        rate = sorted(rate for _, rate in seen)[len(seen) // 2]
-        mine += axes.plot(seen[0][0], rate, "D", ms=8, label=f"fastshape: {work.replace('_', ' ')}")
+    for work, values in ours.items():
+        rate = sorted(rate for _, rate in values)[len(values) // 2]
+        mine += axes.plot(
+            values[0][0], rate, "D", ms=8, label=f"fastshape: {work.replace('_', ' ')}"
+        )
     axes.set(
         xscale="log",
         yscale="log",
         xlim=ends,
-        xlabel="operations for each byte that must move",
+        xlabel="operations per byte that must move",
         ylabel="Gop/s",
     )
     axes.legend(handles=mine, fontsize=7, loc="upper left")
@@ -114,14 +116,14 @@ def draw(report: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("report", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("report", type=Path, help="the file that pytest --benchmark-json wrote")
     parser.add_argument("--save", type=Path, required=True, help="PNG to write")
     arguments = parser.parse_args()
     try:
         draw(json.loads(arguments.report.read_text()), arguments.save)
     except KeyError as error:
         parser.error(
-            f"{arguments.report} lacks {error}: run benchmarks/test_roofs.py with the others"
+            f"{arguments.report} lacks {error}: run benchmarks/test_roofs.py with the other benchmarks"
         )
 
 

@@ -1,4 +1,4 @@
-"""Turns a pytest-benchmark file into a table, and into a small CSV worth keeping.
+"""Turns a pytest-benchmark file into a table and a small CSV.
 
 python benchmarks/table.py .benchmarks/last.json --save benchmarks/results/NAME.csv
 """
@@ -31,11 +31,10 @@ COLUMNS = (
 
 
 def rows_of(report: dict) -> list[dict]:
-    """One row a benchmark, in the order they ran. Times in milliseconds, 1 GB = 1e9 bytes.
+    """One row per benchmark, in the order in which they ran. Times are in milliseconds; 1 GB = 1e9 bytes.
 
-    Roofs, which have no contender, have their own time under ``contender_ms`` and their rate under
-    ``fastshape_GB_per_s``. Rows of memory have bytes instead of times. Images a second are those of the first time
-    that a row has: fastshape's, or its own.
+    A roof has no contender: its time is in ``contender_ms`` and its rate in ``fastshape_GB_per_s``. Memory rows have bytes
+    instead of times. ``fastshape_images_per_s`` belongs to fastshape's time or, without one, to the row's own time.
     """
     rows = []
     for entry in report["benchmarks"]:
@@ -52,10 +51,10 @@ def rows_of(report: dict) -> list[dict]:
             row["contender_ms"] = f"{info['theirs_ms']:.3g}"
         else:
             row["contender_ms"] = f"{1e3 * entry['stats']['median']:.3g}"
-        if moved := info.get("bytes"):
+        if size := info.get("bytes"):
             seconds = info["ours_ms"] / 1e3 if "ours_ms" in info else entry["stats"]["median"]
-            row["fastshape_GB_per_s"] = f"{moved / seconds / 1e9:.1f}"
-            row["MB_moved"] = f"{moved / 1e6:.0f}"
+            row["fastshape_GB_per_s"] = f"{size / seconds / 1e9:.1f}"
+            row["MB_moved"] = f"{size / 1e6:.0f}"
         if images := info.get("images_per_second"):
             row["fastshape_images_per_s"] = f"{images:.3g}"
         rows.append(row)
@@ -63,7 +62,7 @@ def rows_of(report: dict) -> list[dict]:
 
 
 def facts(processor: str, date: str, device: str = "cpu") -> dict:
-    """What the figures hold for."""
+    """The machine and the versions that the figures belong to."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
@@ -89,7 +88,7 @@ def show(rows: list[dict], about: dict) -> None:
 
 
 def save(path: Path, rows: list[dict], about: dict) -> None:
-    """Write the CSV, its facts as comment lines first; the file is replaced as a whole or not at all."""
+    """Write the CSV after its facts as comment lines. The file is replaced as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, newline="") as file:
         for name, value in about.items():
@@ -103,7 +102,7 @@ def save(path: Path, rows: list[dict], about: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("report", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("report", type=Path, help="the file that pytest --benchmark-json wrote")
     parser.add_argument("--save", type=Path, help="CSV to write")
     arguments = parser.parse_args()
     report = json.loads(arguments.report.read_text())

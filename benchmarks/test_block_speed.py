@@ -1,4 +1,4 @@
-"""What follows a convolution: shaping, BatchNorm and ReLU as one op, against the same by parts, and without shaping."""
+"""Shaping, BatchNorm and ReLU as one op, against the same in parts and against BatchNorm and ReLU without shaping."""
 
 import functools
 
@@ -10,7 +10,7 @@ from test_shape_speed import ConvolutionOutput
 
 import fastshape
 
-# After conv 1 and in layer 1 of ResNet-18, images of 224 pixels.
+# Maps after conv 1 and in layer 1 of ResNet-18, for images of 224 pixels.
 SIZES = {"conv1": (16, 64, 112, 112), "layer1": (32, 64, 56, 56)}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -21,7 +21,7 @@ def compiled(channels, shaping=None):
 
 
 def compiled_shaped(channels):
-    # The state comes from outside: a random draw is not part of what Inductor is asked to fuse.
+    # The state is an input, so that Inductor does not have to fuse a random draw.
     block = compiled(
         channels, lambda x: fastshape.reference.differentiable_shape(x, STATE, None, P_ZERO)
     )
@@ -55,9 +55,9 @@ def test_block(against, size, memory_format, contender):
         y = block(ConvolutionOutput.apply(weight, z.detach_()))
         torch.autograd.grad(y, [weight, *block.parameters()], grad)
 
-    # z read, y written; dy read twice, dz written; the bits of the map written once and read three times.
+    # Reads z, writes y, reads dy twice and writes dz. Writes the bits of the map once and reads them three times.
     moved = int((5 * z.element_size() + 4 / 8) * z.numel())
-    # a second or more, or compiled first
+    # These contenders take a second or more, or are compiled first.
     slow = contender not in ("unshaped_eager", "shaped_by_parts")
     rounds = {"rounds": 5, "warmup_rounds": 1} if slow else {}
     against(

@@ -1,6 +1,6 @@
-"""Images a second of the experiments' own training loop, shaped and not, and of its input pipelines alone.
+"""Images per second of the experiments' training loop, with and without shaping, and of their input pipelines alone.
 
-On the toy's drawn images, resized to the side of the step benchmarks: what is computed does not depend on what they show.
+The images are the toy's, resized to the side of the step benchmarks. The speed does not depend on their content.
 """
 
 import pytest
@@ -12,21 +12,21 @@ from train import train_epoch
 
 PER_CLASS = 8  # images of each of the seven classes
 MODES = {
-    "baseline": {},  # against itself: what a ratio is worth here
+    "baseline": {},  # against itself: shows how exact a ratio is
     "random": {"layers": [1, 4], "p_zero": 0.5},
     "da": {"layers": 4},
 }
 
 
 def experiment(mode: str, pipeline: str = "reference"):
-    said = {"data": "toy", "limit": PER_CLASS, "holdout": 0, "epochs": 1, "device": "cpu"}
-    said |= {"image_size": SIDE, "batch_size": BATCH, "mode": mode, "pipeline": pipeline}
-    config, _ = resolve(said | MODES[mode])
+    values = {"data": "toy", "limit": PER_CLASS, "holdout": 0, "epochs": 1, "device": "cpu"}
+    values |= {"image_size": SIDE, "batch_size": BATCH, "mode": mode, "pipeline": pipeline}
+    config, _ = resolve(values | MODES[mode])
     return run.build(config), config
 
 
 def epoch(mode: str):
-    """A call that trains an epoch, and its images."""
+    """A call that trains an epoch, and the number of its images."""
     built, config = experiment(mode)
     screen, n = Screen(), len(built.images.source_indices)
     return lambda: train_epoch(built.method, built.images, config, 1, screen), n

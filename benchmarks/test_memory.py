@@ -1,4 +1,4 @@
-"""Bytes kept for backward, and the peak, of what follows a convolution: shaped as one op against unshaped."""
+"""Bytes saved for backward, and peak memory, of shaping + BatchNorm + ReLU as one op, against the contenders."""
 
 import contenders
 import pytest
@@ -18,23 +18,23 @@ CONTENDERS = {
 
 
 def saved_bytes(block, z) -> int:
-    """Of the distinct tensors that the graph keeps for backward, parameters and the block's result left out."""
-    weight, kept = torch.zeros((), requires_grad=True), {}
+    """Bytes of the distinct tensors that the graph saves for backward, without parameters and the block's result."""
+    weight, sizes = torch.zeros((), requires_grad=True), {}
 
     def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = block(ConvolutionOutput.apply(weight, z))
-    # The result is there anyway: the next convolution keeps it.
+    # The result exists in any case, because the next convolution saves it.
     for t in (y, *block.parameters(), *block.buffers()):
-        kept.pop(t.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
+        sizes.pop(t.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
 def peak_bytes(block, z, grad) -> int:
-    """Most bytes of memory asked for at once, above what there was, in forward + backward."""
+    """The peak of allocated bytes in forward + backward, above those before it."""
     weight = torch.zeros((), requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         y = block(ConvolutionOutput.apply(weight, z))
@@ -64,4 +64,4 @@ def test_memory(benchmark, size, contender, what):
 
     ours, theirs = map(measure, blocks)
     benchmark.extra_info.update(ours_bytes=ours, theirs_bytes=theirs, ratio=theirs / ours)
-    benchmark.pedantic(lambda: None)  # nothing is timed here: pytest-benchmark keeps the record
+    benchmark.pedantic(lambda: None)  # nothing is timed; pytest-benchmark only stores extra_info

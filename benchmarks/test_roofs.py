@@ -1,4 +1,4 @@
-"""What the machine can do at best: the roofs under which `roofline.py` draws the kernels."""
+"""The limits of the machine: the roofs below which `roofline.py` draws the kernels."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ N = 32 * 64 * 112 * 112
 
 
 def copy_to_warm_memory():
-    """Memory that has been written before: nothing of the system's is in the way."""
+    """Memory that was written before, so that the system does not have to map it."""
     x, y = torch.randn(2, N)
     return lambda: y.copy_(x), 2 * x.element_size() * N
 
@@ -30,7 +30,7 @@ def test_bandwidth(benchmark, roof):
 
 
 def test_random_bits(benchmark):
-    """Philox alone: a mask of one bit an element, which hardly touches memory."""
+    """Philox alone: a mask of one bit per element, which hardly uses memory."""
     state = fastshape.rng_state(0)
     assert drop_threshold(0.5) > 0
     benchmark.extra_info["elements"] = N

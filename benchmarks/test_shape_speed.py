@@ -1,4 +1,4 @@
-"""Random and target shaping, forward and forward + backward, against what people use today."""
+"""Random and target shaping, forward and forward + backward, against common alternatives."""
 
 import functools
 
@@ -9,7 +9,7 @@ from contenders import P_ZERO
 
 import fastshape
 
-# Maps of ResNet-18: after conv 1 and in layer 1.
+# Maps of ResNet-18 after conv 1 and in layer 1.
 SIZES = {"large": (32, 64, 112, 112), "small": (8, 64, 56, 56)}
 CONTENDERS = (
     contenders.eager_reference,
@@ -21,7 +21,7 @@ CONTENDERS = (
 
 
 class ConvolutionOutput(torch.autograd.Function):
-    """A stand-in for a convolution: gives `z` a history without touching it, and takes its gradient."""
+    """A stand-in for a convolution. It gives `z` a node in the graph without changing it, and takes its gradient."""
 
     @staticmethod
     def forward(ctx, weight, z):
@@ -60,7 +60,7 @@ def test_random_shaping(against, size, direction, contender):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("contender", CONTENDERS[:-1], ids=lambda f: f.__name__)
 def test_random_shaping_in_place(against, size, contender):
-    """Forward + backward on a convolution's output, which fastshape overwrites; the contenders cannot."""
+    """Forward + backward on a convolution's output. Only fastshape overwrites it."""
     torch.manual_seed(0)
     values, weight = torch.randn(SIZES[size]), torch.zeros((), requires_grad=True)
     z, grad = torch.empty_like(values), torch.randn_like(values)
@@ -79,7 +79,7 @@ def test_random_shaping_in_place(against, size, contender):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_target_shaping(against, size):
-    """Forward + backward with a recorded mask, against a float mask multiplied in."""
+    """Forward + backward with a recorded mask, against multiplication by a float mask."""
     torch.manual_seed(0)
     x, target, grad = torch.randn(3, *SIZES[size])
     x.requires_grad_()

@@ -1,4 +1,4 @@
-"""A ResNet-18 training step, and a recording pass: shaped by replacement against every other way, and against no shaping."""
+"""A ResNet-18 training step and a target pass, shaped by replacement, against the other ways and against no shaping."""
 
 import functools
 
@@ -50,7 +50,7 @@ CONTENDERS = {
 
 
 class Step:
-    """One update of `model` on a batch of its own; `record`, if any, sees the target images first."""
+    """One update of `model` on its own batch. `record`, if there is one, gets the target images first."""
 
     def __init__(self, model: nn.Module, record=None, batch: int = BATCH, side: int = SIDE):
         device = next(model.parameters()).device
@@ -88,13 +88,13 @@ def published_target_step() -> Step:
 
 @pytest.mark.parametrize("contender", ("unshaped", "published"))
 def test_domain_adaptation_step(against, contender):
-    """Record at layer 4 and train, against a plain step and against the published way."""
+    """A target pass at layer 4 and a training step, against a plain step and against the published way."""
     theirs = Step(network()) if contender == "unshaped" else published_target_step()
     against(target_step(), theirs, moved_bytes=0, rounds=ROUNDS)
 
 
 def test_record(against):
-    """The target pass alone, against the published one: the whole network, in train mode, with a graph."""
+    """The target pass alone, against the published one, which runs the whole network in training mode with a graph."""
     ours, theirs = target_step(), published_target_step()
     against(
         lambda: ours.record(ours.target),

@@ -1,4 +1,4 @@
-// Shape + BatchNorm2d (+ ReLU) of fastshape/_ops.py as torch calls it: what is the same on every device.
+// The ops shape + BatchNorm2d (+ ReLU) of fastshape/_ops.py as torch calls them: the part that all devices share.
 #pragma once
 
 #include <optional>
@@ -9,8 +9,8 @@
 
 namespace fastshape {
 
-// Beside what `Ops` asks of it, a `Backend` has the kernels of each step, and partials(n, channels): how many pairs of
-// sums a channel it makes on the way (`sums`) and adds up in order (`differentiate`).
+// In addition to what `Ops` needs, a `Backend` has a kernel for each step, and partials(n, channels): the number of partial
+// sum pairs per channel. `sums` writes them, and `differentiate` adds them up in order.
 template <class Backend>
 struct BatchNormOps {
   using Base = Ops<Backend>;
@@ -27,12 +27,13 @@ struct BatchNormOps {
     return torch::stable::new_empty(like, size, dtype);
   }
 
-  // One number a channel; null where there is none.
+  // The data of a vector with one number per channel; null where there is no vector.
   static const void* checked_vector(const char* name, const std::optional<Tensor>& t, const Tensor& x, Dtype dtype) {
     if (!t) return nullptr;
     STD_TORCH_CHECK(Backend::owns(*t) && t->get_device_index() == x.get_device_index() && t->is_contiguous() &&
                         t->numel() == x.size(1) && dtype_of(*t) == dtype,
-                    name, " must be contiguous, of ", x.size(1), " numbers, on one device with x, and of its twin's dtype");
+                    name, " must be contiguous, on the device of x, with ", x.size(1),
+                    " numbers; weight and bias need one dtype, and so do running_mean and running_var");
     return t->const_data_ptr();
   }
 
@@ -50,8 +51,8 @@ struct BatchNormOps {
 
   using Forward = std::tuple<Tensor, Tensor, Tensor>;
 
-  // Writes into y, which may be x. Gives the bits of B(x) * M, those of M * 1[abs(x) <= 1] (empty unless `clipped`), and
-  // float64 (2, C): mean and 1 / sqrt(var + eps).
+  // Writes into y, which may be x. Returns the bits of B(x) * M, the bits of M * 1[abs(x) <= 1] (empty unless `clipped`),
+  // and the statistics, float64 (2, C): mean and 1 / sqrt(var + eps).
   static Forward run(const Tensor& x, Tensor& y, const std::optional<Tensor>& rng_state,
                      const std::optional<Tensor>& bits, double p_zero, const std::optional<Tensor>& weight,
                      const std::optional<Tensor>& bias, std::optional<Tensor>& running_mean,
@@ -83,10 +84,10 @@ struct BatchNormOps {
     const Backend backend(x);
     auto* one_bits = static_cast<uint8_t*>(ones.mutable_data_ptr());
     auto* within_one_bits = clipped ? static_cast<uint8_t*>(within_one.mutable_data_ptr()) : nullptr;
-    auto* counted = static_cast<int64_t*>(counts.mutable_data_ptr());
+    auto* count_data = static_cast<int64_t*>(counts.mutable_data_ptr());
     backend.ones({dtype, x.const_data_ptr(), one_bits, within_one_bits, n, mask});
-    if (training) backend.count(one_bits, n, channels, counted);
-    backend.normalize(norm, dtype, counted, n, channels, static_cast<double*>(statistics.mutable_data_ptr()),
+    if (training) backend.count(one_bits, n, channels, count_data);
+    backend.normalize(norm, dtype, count_data, n, channels, static_cast<double*>(statistics.mutable_data_ptr()),
                       table.mutable_data_ptr());
     backend.look_up({dtype, one_bits, n, channels, table.const_data_ptr(), y.mutable_data_ptr()});
     return {ones, within_one, statistics};
@@ -110,7 +111,8 @@ struct BatchNormOps {
                clipped);
   }
 
-  // Gives dx (empty unless `needs_x`), and d(weight) and d(bias), in their dtype (empty where there is no weight).
+  // Returns dx (empty unless `needs_x`), d(weight) and d(bias). The latter two have the parameters' dtype and are empty
+  // where there is no weight.
   static Forward backward(Tensor grad, Tensor ones, Tensor statistics, std::optional<Tensor> rng_state,
                           std::optional<Tensor> bits, double p_zero, std::optional<Tensor> weight,
                           std::optional<Tensor> bias, bool training, bool relu, bool needs_x) {
@@ -134,9 +136,9 @@ struct BatchNormOps {
     const Backend backend(grad);
     const int64_t partials = backend.partials(n, channels);
     Tensor sums = new_like(grad, {partials, 2, channels.count}, ScalarType::Double);
-    auto* summed = static_cast<double*>(sums.mutable_data_ptr());
-    backend.sums(dtype, grad.const_data_ptr(), one_bits, n, channels, summed);
-    backend.differentiate(norm, dtype, static_cast<const double*>(statistics.const_data_ptr()), summed, partials, n, channels,
+    auto* sum_data = static_cast<double*>(sums.mutable_data_ptr());
+    backend.sums(dtype, grad.const_data_ptr(), one_bits, n, channels, sum_data);
+    backend.differentiate(norm, dtype, static_cast<const double*>(statistics.const_data_ptr()), sum_data, partials, n, channels,
                           weight ? grad_weight.mutable_data_ptr() : nullptr, weight ? grad_bias.mutable_data_ptr() : nullptr,
                           coefficients.mutable_data_ptr());
     if (needs_x)

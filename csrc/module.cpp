@@ -1,4 +1,4 @@
-// fastshape._C: registers the CPU kernels with torch, and shows the primitives to tests.
+// fastshape._C: registers the CPU kernels with torch and exposes the primitives to the tests.
 #include <pybind11/pybind11.h>
 
 #include "cpu/glue.h"
@@ -52,11 +52,11 @@ py::dict build_facts() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastshape, and their primitives for tests.";
-  m.def("register_ops", &fastshape::cpu::register_ops, "Give torch the CPU kernels of the fastshape ops.");
+  m.def("register_ops", &fastshape::cpu::register_ops, "Register the CPU kernels of the fastshape ops with torch.");
   m.def("philox_words", &philox_words, py::arg("seed"), py::arg("offset"), "The four 32-bit Philox4x32-10 words of one counter.");
   m.def("random_bits", &random_bits, py::arg("seed"), py::arg("offset"), py::arg("n"), py::arg("p_zero"), py::arg("chunk_bytes"),
         "Packed random mask of n elements, computed chunk_bytes mask bytes at a time.");
-  m.def("pack_bools", &pack_bools, py::arg("values"), "Packed bits of a string of bytes, one element a byte.");
-  m.def("limit_simd", &limit_simd, py::arg("simd"), "Use nothing above plain, avx2 or avx512; returns the path now in use.");
+  m.def("pack_bools", &pack_bools, py::arg("values"), "Packed bits of a string of bytes, one element per byte.");
+  m.def("limit_simd", &limit_simd, py::arg("simd"), "Use no instruction set above plain, avx2 or avx512; returns the one now in use.");
   m.def("build_facts", &build_facts, "What this file was built with.");
 }

@@ -1,6 +1,6 @@
-// The elementwise ops of fastshape/_ops.py as torch calls them: what is the same on every device. The glue of a device
-// adds what differs: where new memory comes from and how a kernel is run. LibTorch stable ABI only, so that one binary
-// serves every torch from 2.10 on.
+// The elementwise ops of fastshape/_ops.py as torch calls them: the part that all devices share. The glue of each device adds
+// how memory is allocated and how a kernel is run. This file uses the stable ABI of LibTorch alone, so that one binary serves
+// every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -27,7 +27,7 @@ using torch::stable::Tensor;
 
 // ---- checks ----
 
-// True where the elements fill one stretch of memory without gap or overlap, in whatever order.
+// True if the elements fill one stretch of memory without gap or overlap, in any order.
 inline bool is_dense(const Tensor& t) {
   if (t.is_contiguous()) return true;
   const auto sizes = t.sizes(), strides = t.strides();
@@ -60,8 +60,8 @@ inline Dtype dtype_of(const Tensor& t, bool may_be_bytes = false) {
 
 // ---- ops ----
 
-// `Backend` has: kKey, its dispatch key; owns(tensor), whether its kernels can reach that memory; new_output(x), an
-// uninitialized tensor like x; and, once made for the tensor whose device shall work, the kernels.
+// A `Backend` has kKey, its dispatch key; owns(tensor), whether its kernels can reach the tensor's memory; new_output(x), an
+// uninitialized tensor like x; and the kernels. Its constructor takes a tensor and selects that tensor's device.
 template <class Backend>
 struct Ops {
   static void check_x(const Tensor& x) {
@@ -69,12 +69,12 @@ struct Ops {
     STD_TORCH_CHECK(is_dense(x), "x must be dense in memory (contiguous or channels_last)");
   }
 
-  // `device`: of the tensor that the bits go with.
+  // `device`: the device of the tensor that the bits mask.
   static const uint8_t* checked_bits(const Tensor& bits, int64_t n, int32_t device) {
     STD_TORCH_CHECK(Backend::owns(bits) && bits.get_device_index() == device && bits.scalar_type() == ScalarType::Byte &&
                         bits.is_contiguous() && bits.numel() == bytes_for(n),
                     "bits must be a contiguous uint8 ", Backend::kKey, " tensor of ", bytes_for(n), " bytes for ", n,
-                    " elements, on one device with x");
+                    " elements, on the device of x");
     return static_cast<const uint8_t*>(bits.const_data_ptr());
   }
 
@@ -83,7 +83,7 @@ struct Ops {
                         rng_state.scalar_type() == ScalarType::Long && rng_state.is_contiguous() &&
                         rng_state.numel() == 2,
                     "rng_state must be a contiguous int64 ", Backend::kKey,
-                    " tensor [seed, offset], on one device with x");
+                    " tensor [seed, offset], on the device of x");
     STD_TORCH_CHECK(p_zero >= 0 && p_zero < 1, "p_zero must be in [0, 1), not ", p_zero);
     return MaskRequest::random(static_cast<const int64_t*>(rng_state.const_data_ptr()), p_zero);
   }
@@ -100,7 +100,7 @@ struct Ops {
     return torch::stable::new_empty(like, {count}, ScalarType::Byte);
   }
 
-  // Shapes x into y (which may be x) and, where asked, the bits of M * 1[abs(x) <= 1] into `within_one`.
+  // Shapes x into y, which may be x. Writes the bits of M * 1[abs(x) <= 1] to `within_one` unless it is null.
   static void run_shape(const Tensor& x, Tensor& y, Tensor* within_one, const std::optional<Tensor>& rng_state,
                         const std::optional<Tensor>& bits, double p_zero, bool binarize) {
     check_x(x);

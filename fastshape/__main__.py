@@ -1,4 +1,4 @@
-"""``python -m fastshape``: what is built, loaded and chosen, and why."""
+"""``python -m fastshape`` prints what is built, loaded and chosen, and why."""
 
 from . import __version__, backend_info
 

@@ -1,8 +1,8 @@
-"""Every op of fastshape: its schema and what it returns under fake tensors. No implementation stands here.
+"""The schemas of all fastshape ops, and what each op returns for fake tensors. Implementations are elsewhere.
 
-Conventions: ``x`` is dense; ``bits`` is uint8, element i at bit i % 8 of byte i // 8, in x's memory
-order; ``rng_state`` is int64 [seed, offset]. A mask is random (``rng_state`` and ``p_zero``), given
-(``bits``) or, with neither, all ones. `fastshape.reference` says what each op computes.
+Conventions: ``x`` is dense. ``bits`` is uint8: element i is bit i % 8 of byte i // 8, in x's memory order.
+``rng_state`` is int64 [seed, offset]. A mask is random (``rng_state`` and ``p_zero``), given (``bits``) or,
+with neither, all ones. `fastshape.reference` defines what each op computes.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _(bits, n):
 
 
 def _saved(x, clipped):
-    """What `shaped_batch_norm` gives beside y: ones, within_one, statistics."""
+    """What `shaped_batch_norm` returns after y: ones, within_one, statistics."""
     n = _bytes_for(x.numel())
     return (
         x.new_empty((n,), dtype=torch.uint8),
@@ -106,7 +106,7 @@ def _(grad, ones, statistics, rng_state, bits, p_zero, weight, bias, training, r
 
 
 def refuse_vmap(info, in_dims, *args):
-    """A mask has no meaning for one sample of a batch that is hidden from it."""
+    """Raise: under vmap an op sees one sample and cannot number the elements of the whole batch."""
     raise NotImplementedError(
         "fastshape has no vmap rule: a mask is numbered over the memory of one whole tensor. "
         "Call fastshape.shape on the batched tensor outside torch.func.vmap."

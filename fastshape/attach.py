@@ -1,4 +1,4 @@
-"""Attach shaping to a model without editing it."""
+"""Attach shaping to a model without changing its code."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ METHODS = ("hooks", "replace")
 
 
 class _Stop(BaseException):
-    """Ends a recording pass once nothing is left to record. Not an Exception: a model may catch those."""
+    """Ends a target pass after its last recording. A BaseException, because a model may catch every Exception."""
 
 
 def _count_calls(model: nn.Module, names: Sequence[str], inputs: tuple, kwargs: dict) -> int | None:
-    """How often one forward on such inputs calls the modules `names`; None where it cannot be traced."""
+    """The number of calls of the modules `names` in one forward; None if the model cannot be traced."""
     try:
         return len(trace(model, names, inputs, kwargs).calls(*names)) or None
-    except Exception:  # whatever the model's code may raise
+    except Exception:  # the model's code may raise anything
         return None
 
 
@@ -49,13 +49,13 @@ class _Site:
     def __init__(self, attachment: Attachment, name: str, fusion: Fusion | None):
         self.attachment = attachment
         self.name = name
-        self.fusion = fusion  # the chain that the module begins, if any
+        self.fusion = fusion  # the chain that starts with the module, or None
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"layers: {self.name!r} gives a {type(output).__name__}; only a module whose output "
-                "is one tensor can be shaped"
+                f"layers: {self.name!r} returns a {type(output).__name__}; only a module that returns one "
+                "tensor can be shaped"
             )
         if self.attachment._recording:
             self.attachment._record_output(self.name, output)
@@ -65,14 +65,13 @@ class _Site:
 
 @functools.cache
 def _keep_out_of_graphs() -> None:
-    """Have torch.compile leave the hooks, and what they hand to a BatchNorm, to Python.
+    """Make torch.compile run the hooks, and the BatchNorms that they pass shaping to, in Python.
 
-    Their counters change at every call, so a graph that captured them would be compiled anew each time. Done once, and
-    not where the class is defined: it imports the compiler, which takes seconds.
+    The hooks count calls. A graph that captured a counter would have to be compiled again at every call. This runs once, at
+    the first attach and not at import, because it imports the compiler, which takes seconds.
 
-    The compiler is also told to look at hooks before it reuses code: by default it takes a block that it
-    compiled without a hook for an equal block that has one, and the hook never fires. What it compiled
-    before is thrown away for the same reason.
+    It also makes the compiler check hooks before it reuses code. By default code that was compiled for a block without
+    hooks serves an equal block with a hook, which then never fires. Code compiled before is discarded for the same reason.
     """
     _Site.__call__ = torch.compiler.disable(_Site.__call__)
     FusedBatchNorm2d.forward = torch.compiler.disable(FusedBatchNorm2d.forward)
@@ -81,16 +80,16 @@ def _keep_out_of_graphs() -> None:
 
 
 class Attachment:
-    """Shaping attached to a model: what `attach` returns. Also a context manager that removes it.
+    """The shaping that `attach` puts on a model. As a context manager, it removes itself at the end.
 
     Attributes:
         names: names of the shaped modules.
-        fired: how often shaping was applied, by name.
-        method_of: ``"replace"`` or ``"hooks"``, by name: what was asked for, or what there can be instead.
-        reasons: why there can be hooks alone where replacement was asked for, by name.
-        first_sample: number of the first sample that comes in a batch of which several processes have parts; to be
-            set before each forward, 0 at first. Where the processes' generators are in one state, their random
-            masks are then the parts of the mask that one process would draw for the whole batch.
+        fired: number of times that shaping was applied, by name.
+        method_of: ``"replace"`` or ``"hooks"``, by name: the method that serves the module.
+        reasons: why hooks serve a module although ``method="replace"`` was requested, by name.
+        first_sample: number of this process's first sample in a batch that several processes share; 0 at first. Set it
+            before each forward. If the generators of the processes are in the same state, their random masks are then
+            the parts of the mask that one process would draw for the whole batch.
     """
 
     def __init__(
@@ -121,11 +120,12 @@ class Attachment:
         self.reasons = reasons
         self._recording = False
         self._recorded: dict[str, list[BitMask | Tensor]] = {}
-        self._recorded_at = 0  # what is younger in autograd's graph comes from a later forward
-        # Calls of the chosen modules in one forward, by how the model is called; None: not known yet.
+        # Autograd's node count at the last record. Nodes with higher numbers belong to later forwards.
+        self._recorded_at = 0
+        # The number of calls of the chosen modules in one forward, by the kind of call; None where it is unknown.
         self._calls_per_pass: dict[tuple, int | None] = {}
         self._stop_after: int | None = None
-        self._calls = dict.fromkeys(names, 0)  # in the forward under way
+        self._calls = dict.fromkeys(names, 0)  # in the current forward
         self._last_mask: dict[str, tuple] = {}
         _keep_out_of_graphs()
         modules = dict(model.named_modules())
@@ -150,39 +150,41 @@ class Attachment:
         for fusion in self._fusions.values():
             fusion.start(gradient)
 
-    # ---- what a user calls ----
+    # ---- public ----
 
     @torch.no_grad()
     def record(self, *inputs, **kwargs) -> None:
-        """Run the target pass and hold its maps for the forwards that follow, until the next `record`.
+        """Run the target pass and keep its maps for all forwards until the next `record`.
 
-        No graph is built, this attachment shapes nothing, and the pass ends at the deepest chosen layer. With
-        ``record_mode="eval"`` the whole model runs as in evaluation and BatchNorm statistics stay; with
-        ``"train"`` it runs as in training and they move. Training flags are put back afterwards.
+        The pass builds no graph, shapes nothing and ends at the deepest chosen layer. With ``record_mode="eval"`` the whole
+        model runs in evaluation mode and the BatchNorm statistics stay. With ``"train"`` it runs in training mode and they
+        move. Afterwards each module has its old training flag again.
 
         Args:
-            inputs, kwargs: what the model is called with: a batch of N target images.
+            inputs, kwargs: the arguments of the model: a batch of N target images.
 
         Raises:
-            RuntimeError: the mode records nothing, or the attachment was removed.
+            RuntimeError: the mode records nothing, the attachment was removed, or the pass did not reach a layer.
         """
         if self.mode not in ("target", "product"):
             raise RuntimeError(f"mode={self.mode!r} records nothing; only target and product do")
         if not self._handles:
             raise RuntimeError("this attachment was removed from its model")
         with self._record_flags():
-            known = [t if isinstance(t, CONSTANTS) else ... for t in (*inputs, *kwargs.values())]
-            way = (self.model.training, len(inputs), *kwargs, *known)
-            if way not in self._calls_per_pass:
-                self._calls_per_pass[way] = _count_calls(self.model, self.names, inputs, kwargs)
-            self._stop_after = self._calls_per_pass[way]
+            constants = [
+                t if isinstance(t, CONSTANTS) else ... for t in (*inputs, *kwargs.values())
+            ]
+            call = (self.model.training, len(inputs), *kwargs, *constants)
+            if call not in self._calls_per_pass:
+                self._calls_per_pass[call] = _count_calls(self.model, self.names, inputs, kwargs)
+            self._stop_after = self._calls_per_pass[call]
             self._recorded = {name: [] for name in self.names}
             self._recorded_at = torch._C._autograd._get_sequence_nr()
             self._recording = True
             try:
                 self.model(*inputs, **kwargs)
-                # Seen whole: where tracing could not tell, now it is known where the next pass may end.
-                self._calls_per_pass[way] = sum(map(len, self._recorded.values()))
+                # The model ran to its end, so the number of calls is now known even if tracing failed.
+                self._calls_per_pass[call] = sum(map(len, self._recorded.values()))
             except _Stop:
                 pass
             except BaseException:
@@ -190,25 +192,25 @@ class Attachment:
                 raise
             finally:
                 self._recording = False
-                for fusion in self._fusions.values():  # a pass that was stopped ends no owner
+                for fusion in self._fusions.values():  # _Stop skips the hooks that end an owner
                     fusion.owner_runs = None
         missing = [name for name in self.names if not self._recorded[name]]
         if missing:
             self._recorded = {}
             raise RuntimeError(
-                f"the target pass never reached {', '.join(missing)}: nothing recorded there"
+                f"the target pass did not reach {', '.join(missing)}: nothing was recorded there"
             )
 
     @property
     def density(self) -> dict[str, float]:
-        """Share of ones in the mask each layer used last, by name. Waits for the device.
+        """The share of ones in the last mask of each layer, by name. Waits for the device.
 
-        1.0 where no mask was applied. A raw product has no mask: its share of positive values is given.
+        It is 1.0 for a layer without a mask. For mode ``"product"`` it is the share of positive values in the map.
         """
         return {name: _density(*last) for name, last in self._last_mask.items()}
 
     def remove(self) -> None:
-        """Take everything off the model, which is then as it was. More than once does no harm."""
+        """Remove the shaping, so that the model is as before. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
         for fusion in self._fusions.values():
@@ -224,13 +226,13 @@ class Attachment:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._recorded_at = 0  # a copy is in no graph yet, and another process counts anew
+        self._recorded_at = 0  # a copy has no graph yet, and another process has its own node count
 
     def __repr__(self) -> str:
         state = "" if self._handles else ", removed"
         return f"Attachment(mode={self.mode!r}, layers={list(self.names)}{state})"
 
-    # ---- what the hooks call ----
+    # ---- called by the hooks ----
 
     def _begin(self, model: nn.Module, args: tuple) -> None:
         self._calls = dict.fromkeys(self.names, 0)
@@ -249,7 +251,7 @@ class Attachment:
                 module.training = training
 
     def _record_output(self, name: str, output: Tensor) -> None:
-        # Bits or a copy, at once: a later module may overwrite `output` in place.
+        # Copy at once, as bits or whole: a later module may overwrite `output` in place.
         recorded = BitMask.from_tensor(output) if self.mode == "target" else output.detach().clone()
         self._recorded[name].append(recorded)
         if sum(map(len, self._recorded.values())) == self._stop_after:
@@ -260,7 +262,7 @@ class Attachment:
     ) -> Tensor | None:
         if not self.model.training and self.at_eval == "off":
             return None
-        # Backward computes what is checkpointed again: as in forward, whose call it is.
+        # Backward runs checkpointed modules again. This call must then repeat what forward did.
         again = torch._C._current_graph_task_id() != -1
         p_zero = mask = state = None
         binarize = self.binarize
@@ -300,49 +302,49 @@ class Attachment:
         maps = self._recorded.get(name)
         if not maps:
             raise RuntimeError(
-                f"mode={self.mode!r}: nothing was recorded for {name!r}; call attachment.record(target_batch) "
+                f"mode={self.mode!r}: nothing is recorded for {name!r}; call attachment.record(target_batch) "
                 "before the source batch"
             )
         if again:
             if torch._C._current_autograd_node()._sequence_nr() < self._recorded_at:
                 raise RuntimeError(
-                    f"{name!r} is checkpointed, and the maps of the forward that backward computes again went with a later "
-                    "record: call backward before the next record, and nest no checkpoints with use_reentrant=True"
+                    f"{name!r} is checkpointed, and a later record replaced the maps that backward needs: call backward "
+                    "before the next record, and do not nest checkpoints with use_reentrant=True"
                 )
             if len(maps) > 1:
                 raise RuntimeError(
                     f"{name!r} is checkpointed and was called {len(maps)} times in the target pass: mode={self.mode!r} "
-                    "cannot tell which of these calls backward computes again"
+                    "allows one call, because backward does not say which call it repeats"
                 )
         call = 0 if again else self._calls[name]
         if call >= len(maps):
             raise RuntimeError(
-                f"{name!r} was called {call + 1} times in one forward, {len(maps)} in the target pass "
-                "(a part of the model called on its own does not start a new forward)"
+                f"{name!r} was called {call + 1} times in one forward but {len(maps)} times in the target pass "
+                "(a new forward starts only when the whole model is called)"
             )
         recorded = maps[call]
         if recorded.shape[1:] != x.shape[1:]:
             raise ValueError(
-                f"{name!r}: the recorded map has shape {tuple(recorded.shape)}, the source's {tuple(x.shape)}; "
-                "they may differ in the batch alone"
+                f"{name!r}: the recorded map has shape {tuple(recorded.shape)}, the source map {tuple(x.shape)}; "
+                "only the batch size may differ"
             )
         if len(x) > recorded.shape[0]:
             raise ValueError(
-                f"{name!r}: a source batch of {len(x)} needs as many recorded maps; the target batch had "
+                f"{name!r}: a source batch of {len(x)} needs as many recorded maps; the target batch had only "
                 f"{recorded.shape[0]}"
             )
         return recorded.first(len(x)) if isinstance(recorded, BitMask) else recorded[: len(x)]
 
 
 def _skip_samples(state: Tensor, samples: int, name: str, x: Tensor) -> None:
-    """Move a fresh state on, in place, by the elements of so many samples before x, the outermost dimension in memory."""
+    """Advance `state` in place past the elements of the `samples` samples that come before x in the batch."""
     elements = x.shape[1:].numel()
-    if samples * elements % 8:  # one offset draws for 8 elements
+    if samples * elements % 8:  # one offset serves 8 elements
         raise ValueError(
-            f"first_sample={samples}: {name!r} gives {elements} elements a sample, and their product must be a "
+            f"first_sample={samples}: {name!r} has {elements} elements per sample; the product of both must be a "
             "multiple of 8"
         )
-    state[1].add_(samples * elements // 8)  # no copy from the host, and it wraps at 2**64
+    state[1].add_(samples * elements // 8)  # needs no copy from the host, and wraps at 2**64
 
 
 def _density(
@@ -350,7 +352,7 @@ def _density(
 ) -> float:
     if mask is None:
         return 1.0
-    if size is not None:  # the state of a random mask: draw it again
+    if size is not None:  # `mask` is the state of a random mask: draw the mask again
         mask = BitMask.random(size, p_zero, rng_state=mask)
     elif isinstance(mask, Tensor):
         mask = BitMask.from_tensor(mask)
@@ -371,44 +373,45 @@ def attach(
     record_mode: str = "eval",
     method: str = "hooks",
 ) -> Attachment:
-    """Shape the output of chosen layers of `model`, which is not edited.
+    """Shape the output of chosen layers of `model`. The code of the model stays unchanged.
 
     Args:
-        model: any module; hooks are put on the chosen submodules.
-        layers: numbers, names, shell patterns, a list of these, or ``"all"``. Numbers count the modules of
-            kind `after` from 1 in ``named_modules()`` order: in ResNet-18 conv 1 is conv1, 4 is
-            layer1.1.conv1, and 8, 13 and 18 are the downsample convolutions.
-        mode: ``"random"``: a mask drawn at each forward. ``"target"``: the maps of `Attachment.record`,
-            binarized. ``"binarize"``: no mask. ``"product"``: ``y = x * m`` with the recorded map as it is,
-            which is what the published domain-adaptation code ran.
-        p_zero: for mode ``"random"``: probability of a zero, one number or one for each layer, in [0, 1).
-        after: which kind numbers and patterns mean: ``"conv"``, ``"bn"`` or ``"relu"`` (any activation).
-        every: keep every `every`-th of `layers`: with ``"all"`` and 3, the layers 3, 6, 9, ...
-        binarize, gradient: as in `fastshape.shape`. Mode ``"product"`` never binarizes, and has an exact
-            gradient or, with ``"zero"``, none.
-        at_eval: what happens while ``model.training`` is False: ``"off"``: nothing is shaped.
-            ``"binarize"``: binarized, no mask. ``"on"``: shaped as in training.
+        model: any module. The chosen submodules get hooks.
+        layers: numbers, names, shell patterns, a list of these, or ``"all"``. Numbers count the modules of kind `after` from 1
+            in ``named_modules()`` order. In ResNet-18 conv 1 is conv1, conv 4 is layer1.1.conv1, and 8, 13 and 18 are the
+            downsample convolutions.
+        mode: ``"random"`` draws a mask at each forward. ``"target"`` uses the maps of `Attachment.record`, binarized.
+            ``"binarize"`` uses no mask. ``"product"`` is ``y = x * m`` with the recorded map m unchanged, which is what the
+            published domain-adaptation code does.
+        p_zero: for mode ``"random"``: the probability of a zero, in [0, 1); one number for all layers or one per layer.
+        after: the kind of module that numbers and patterns refer to: ``"conv"``, ``"bn"`` or ``"relu"`` (any activation).
+        every: keep every `every`-th of `layers`: ``"all"`` with 3 gives the layers 3, 6, 9, ...
+        binarize, gradient: as in `fastshape.shape`. Mode ``"product"`` never binarizes; its gradient is exact or, with
+            ``"zero"``, none.
+        at_eval: what happens while ``model.training`` is False. ``"off"`` shapes nothing, ``"binarize"`` binarizes without a
+            mask, ``"on"`` shapes as in training.
         record_mode: how `Attachment.record` runs the model: ``"eval"`` or ``"train"``.
-        method: ``"hooks"``: the output of each chosen module is shaped in a hook. ``"replace"``: where that is a
-            convolution whose output goes to one `nn.BatchNorm2d` and nowhere else, shaping, BatchNorm and a ReLU
-            that alone takes its output run as one op, `ShapedBatchNorm2d`, in the place of that BatchNorm. Numbers,
-            masks and what is recorded are the same, but for the rounding that `ShapedBatchNorm2d` speaks of. The chains are
-            found by torch.fx in the code of the modules around them; where it cannot tell, where a chain is not one and
-            without `binarize`, hooks serve instead: a warning says so, and `Attachment.method_of` and
-            `Attachment.reasons`. A module called in another way than with its required arguments, or only in
-            part, is served by hooks too while it is called so.
+        method: ``"hooks"`` shapes the output of each chosen module in a forward hook. ``"replace"`` runs a chain convolution ->
+            shaping -> BatchNorm2d -> ReLU with one op after the convolution, `ShapedBatchNorm2d`. A chain needs a
+            convolution whose output goes to one `nn.BatchNorm2d` and nowhere else. The ReLU joins it if nothing else takes
+            the output of the BatchNorm. Outputs, masks and recorded maps are those of ``"hooks"``, except for the rounding
+            that `ShapedBatchNorm2d` describes. torch.fx finds the chains in the code of the model. Hooks serve a layer
+            that has no chain or that torch.fx cannot trace, and every layer without `binarize`; a warning,
+            `Attachment.method_of` and `Attachment.reasons` say so. Hooks also serve a call that does not run the whole
+            module around the chain, or that does not give it exactly its required arguments.
 
-    `torch.utils.checkpoint` may be used in the model or around it: what it computes again in backward is shaped as in
-    forward and not counted in `fired`. So backward comes before `remove` and the next `record`. Where masks are random it must
-    put the generators back, as it does by default; with recorded maps a layer is called once in a forward.
+    `torch.utils.checkpoint` works inside and around the model. Backward shapes what it computes again as forward did, and
+    does not count it in `fired`. Therefore call backward before `remove` and before the next `record`. Random masks need the
+    generator states that checkpoint restores by default. With recorded maps, a checkpointed layer may be called only once per
+    forward.
 
     Returns:
-        An `Attachment`. Where several processes share a batch, its `first_sample` makes their random masks parts of one.
+        An `Attachment`. If several processes share a batch, set its `first_sample`: their random masks are then parts of one.
 
     Raises:
-        ValueError: an argument outside what is allowed; an unknown layer (those that exist are listed), one
-            named twice, a pattern without a match; as many p_zero as layers are needed.
-        TypeError: an argument of a wrong type.
+        ValueError: an argument is not allowed; a layer is unknown (the message lists the known ones) or named twice; a pattern
+            matches nothing; the number of p_zero is neither one nor the number of layers.
+        TypeError: an argument has a wrong type.
 
     Example:
         >>> with fastshape.attach(model, [1, 4], p_zero=0.7) as attachment:
@@ -429,7 +432,7 @@ def attach(
             raise ValueError(f"{argument}={value!r}: allowed are {', '.join(allowed)}")
     if mode == "product" and gradient == "clipped":
         raise ValueError(
-            "gradient='clipped': mode 'product' allows straight_through (exact) and zero"
+            "gradient='clipped': mode 'product' allows straight_through (which is exact there) and zero"
         )
     names = choose_layers(model, layers, after=after, every=every)
     p_zero = _p_zero_by_layer(mode, p_zero, names)
@@ -442,8 +445,8 @@ def attach(
                 model, names, (True,) if at_eval == "off" else (True, False)
             )
     if reasons:
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        warnings.warn(f"method='replace': hooks serve {why}", stacklevel=2)
+        layers_and_reasons = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        warnings.warn(f"method='replace': hooks serve {layers_and_reasons}", stacklevel=2)
     return Attachment(
         model,
         names,
@@ -470,13 +473,13 @@ def _p_zero_by_layer(
     values = list(p_zero) if isinstance(p_zero, Sequence) else [p_zero] * len(names)
     if len(values) != len(names):
         raise ValueError(
-            f"p_zero: {len(values)} values for {len(names)} layers; give one, or one a layer"
+            f"p_zero: {len(values)} values for {len(names)} layers; give one value, or one per layer"
         )
     return {name: checked_p_zero(value) for name, value in zip(names, values, strict=True)}
 
 
 def attachments(model: nn.Module) -> list[Attachment]:
-    """What is attached to `model`: how to find it again on a copy or after loading a pickled model."""
+    """The attachments of `model`. Use it to get the attachments of a copied or unpickled model."""
     hooks = model._forward_pre_hooks.values()
     owners = (getattr(hook, "__self__", None) for hook in hooks)
     return [owner for owner in owners if isinstance(owner, Attachment)]

@@ -1,4 +1,4 @@
-"""Shape + BatchNorm2d + ReLU as one op: a binary map has two values, and so has each channel behind BatchNorm."""
+"""Shape + BatchNorm2d + ReLU as one op. A binary map has two values, and so has each of its channels after BatchNorm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rng import rng_state as new_rng_state
 
 
 class _ShapedBatchNorm(_Unbatched):
-    """BatchNorm's own gradient, then the straight-through one. Keeps bits and numbers a channel; never x or y."""
+    """The gradient of BatchNorm, then the straight-through one. Saves bits and numbers per channel, never x or y."""
 
     @staticmethod
     def forward(
@@ -41,13 +41,13 @@ class _ShapedBatchNorm(_Unbatched):
             ctx.mark_dirty(x)
         ctx.mark_non_differentiable(ones, within_one, statistics)
         ctx.set_materialize_grads(False)
-        if clipped:  # these bits hold the mask too
+        if clipped:  # within_one includes the mask
             rng_state, bits = None, within_one
         ctx.save_for_backward(ones, statistics, rng_state, bits, weight, bias)
 
     @staticmethod
     def backward(ctx, grad, *_):
-        # once_differentiable takes longer than the op on a small map: only where the graph of backward is wanted.
+        # once_differentiable takes longer than the op itself on a small map. It is needed only with create_graph=True.
         return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, grad)
 
 
@@ -78,45 +78,49 @@ def _gradients_once(ctx, grad):
 
 def _refuse_second(_):
     raise RuntimeError(
-        "the backward pass of ShapedBatchNorm2d cannot be differentiated again; that of fastshape.shape and "
-        "nn.BatchNorm2d can (fastshape.attach with method='hooks')"
+        "the backward pass of ShapedBatchNorm2d cannot be differentiated; use fastshape.shape and nn.BatchNorm2d, "
+        "or fastshape.attach with method='hooks'"
     )
 
 
 class ShapedBatchNorm2d(nn.BatchNorm2d):
-    """Shaping, then BatchNorm2d, then (with `relu`) ReLU, in one op: what `fastshape.shape`, the `nn.BatchNorm2d` that this
-    is and `nn.ReLU` give one after the other, for fewer passes over the map and one bit an element kept for backward.
+    """Shaping, then BatchNorm2d, then (with `relu`) ReLU, in one op.
+
+    The result is that of `fastshape.shape`, `nn.BatchNorm2d` and `nn.ReLU` one after the other. The op makes fewer passes over
+    the map and saves one bit per element for backward.
 
     A shaped map is binary, ``a = B(x) * M``. With k ones among the m elements of a channel:
 
         mean = k / m,  var = mean (1 - mean),  y(a) = bias + (a - mean) weight / sqrt(var + eps)
 
-    Exact: k and m, which are integers, so that the result does not depend on the order of summation. Rounded: everything
-    after them, in float64, each operation once; y then to float32 and to x's dtype (float64 stays), and the running
-    statistics to theirs. Backward sums over a channel in float64 and computes dL/dx in float32 (float64 for float64).
-    Where the two differ by more than that, it is `nn.BatchNorm2d`: on a float32 channels_last map its sums on a CPU are off by
-    up to 1e-3 (torch 2.15, 16 images of 112 x 112), for which training with hooks and by replacement part early.
+    k and m are exact integers, so that the result does not depend on the order of summation. Everything after them is float64,
+    and each operation rounds once. y is then rounded to float32 and to x's dtype (float64 stays), and the running statistics to
+    their dtype. Backward sums over a channel in float64 and computes dL/dx in float32 (float64 for float64).
+    If the result of `nn.BatchNorm2d` differs by more than such rounding, the error is in `nn.BatchNorm2d`. On a CPU its sums over
+    a float32 channels_last map are off by up to 1e-3 (torch 2.15, 16 images of 112 x 112). For that reason training with hooks
+    and training by replacement soon diverge.
 
-    Parameters, running statistics, ``num_batches_tracked`` and state_dict are those of `nn.BatchNorm2d`: checkpoints go both
-    ways. Under DistributedDataParallel the statistics are those of each process, as with `nn.BatchNorm2d`. There is no form
-    that shares them: ``nn.SyncBatchNorm.convert_sync_batchnorm`` takes this for a plain BatchNorm and drops the shaping.
+    Parameters, running statistics, ``num_batches_tracked`` and state_dict are those of `nn.BatchNorm2d`, and so checkpoints can
+    be exchanged. Under DistributedDataParallel each process has its own statistics, as with `nn.BatchNorm2d`. There is no
+    variant that shares them: ``nn.SyncBatchNorm.convert_sync_batchnorm`` treats this module as a plain BatchNorm and drops the
+    shaping.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer: as in `nn.BatchNorm2d`.
-        p_zero: probability of a zero in a mask drawn anew at each call, in [0, 1); None draws none.
-        gradient: ``"straight_through"``, ``"clipped"`` or ``"zero"``, as in `fastshape.shape`. Weight and bias get
-            their gradient with each of them.
-        at_eval: what ``module.eval()`` does: ``"off"`` is plain BatchNorm (and ReLU), ``"binarize"`` binarizes without
-            a mask, ``"on"`` shapes as in training.
+        p_zero: probability of a zero in the mask that each call draws, in [0, 1); None draws no mask.
+        gradient: ``"straight_through"``, ``"clipped"`` or ``"zero"``, as in `fastshape.shape`. Weight and bias get their
+            gradient in each case.
+        at_eval: what happens in evaluation mode. ``"off"`` is plain BatchNorm (and ReLU), ``"binarize"`` binarizes without a
+            mask, ``"on"`` shapes as in training.
         relu: also apply ReLU.
-        inplace: write y into x where that can be. For an x that nothing else needs for its backward, such as
-            the output of a convolution.
+        inplace: write y into x where possible. Nothing else may need x for its own backward; this holds for the output of a
+            convolution.
 
     Shape:
         Input and output: (N, C, H, W); float16, bfloat16, float32 or float64, with parameters of the same dtype or of
-        float32. A contiguous or channels_last input keeps its memory format, any other gives a contiguous output.
+        float32. A contiguous or channels_last input keeps its memory format. Other strides give a contiguous output.
 
-    The backward pass cannot be differentiated again, as that of `fastshape.shape` and `nn.BatchNorm2d` can.
+    The backward pass cannot be differentiated. The backward passes of `fastshape.shape` and `nn.BatchNorm2d` can.
 
     Example:
         >>> block = nn.Sequential(nn.Conv2d(3, 8, 3), fastshape.ShapedBatchNorm2d(8, p_zero=0.3, relu=True))
@@ -137,7 +141,7 @@ class ShapedBatchNorm2d(nn.BatchNorm2d):
         at_eval: str = "off",
         relu: bool = False,
         inplace: bool = False,
-        **newer,  # what nn.BatchNorm2d of this torch takes besides
+        **newer,  # arguments that nn.BatchNorm2d has in later versions of torch
     ):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer
@@ -154,22 +158,22 @@ class ShapedBatchNorm2d(nn.BatchNorm2d):
 
     @classmethod
     def from_batch_norm(cls, bn: nn.BatchNorm2d, **shaping) -> ShapedBatchNorm2d:
-        """The shaped form of `bn`, with its very Parameters and buffers, so that an optimizer that has them keeps working.
+        """The shaped form of `bn`. It shares the Parameters and buffers of `bn`, so that an optimizer keeps working.
 
         Args:
             shaping: p_zero, gradient, at_eval, relu, inplace.
 
         Raises:
-            TypeError: bn is not exactly an `nn.BatchNorm2d`. A subclass may compute something else; `nn.SyncBatchNorm`
-                does, for its statistics need the counts of all processes.
+            TypeError: bn is not exactly an `nn.BatchNorm2d`. A subclass may compute something else. `nn.SyncBatchNorm` does:
+                its statistics are those of all processes.
         """
         if type(bn) is not nn.BatchNorm2d:
-            why = (
+            reason = (
                 ", whose statistics are those of all processes"
                 if isinstance(bn, nn.SyncBatchNorm)
                 else ""
             )
-            raise TypeError(f"bn: must be a torch.nn.BatchNorm2d, not {type(bn).__name__}{why}")
+            raise TypeError(f"bn: must be a torch.nn.BatchNorm2d, not {type(bn).__name__}{reason}")
         module = cls(
             bn.num_features, bn.eps, bn.momentum, affine=False, track_running_stats=False, **shaping
         )
@@ -188,15 +192,16 @@ class ShapedBatchNorm2d(nn.BatchNorm2d):
         """Shape and normalize `input`.
 
         Args:
-            mask: a `BitMask`, or a tensor of input's shape and device read as ``> 0``; replaces the random one.
-            rng_state: int64 [seed, offset] on input's device, of which the random mask is then a function.
-            generator: where to draw the state from; None is the default generator of input's device.
+            mask: a `BitMask`, or a tensor of the input's shape and device, read as ``> 0``. It replaces the random mask.
+            rng_state: int64 [seed, offset] on the input's device; determines the random mask.
+            generator: draws the state; None is the default generator of the input's device.
 
         Raises:
-            TypeError: a dtype that cannot be shaped; a mask or rng_state of a wrong type.
-            ValueError: not (N, C, H, W) with C = num_features; one value a channel in training; a mask or rng_state of
-                another shape or device; rng_state or generator without a random mask, or together.
-            RuntimeError: in place on a leaf that requires a gradient.
+            TypeError: the dtype cannot be shaped; mask or rng_state has a wrong type.
+            ValueError: the input is not (N, C, H, W) with C = num_features; in training a channel has only one value, or eps is
+                not positive; mask or rng_state has a wrong shape or device; rng_state or generator is given without a random
+                mask; both are given.
+            RuntimeError: `inplace` and the input is a leaf that requires a gradient.
         """
         if not self.training and self.at_eval == "off":
             y = nn.BatchNorm2d.forward(self, input)
@@ -246,31 +251,31 @@ class ShapedBatchNorm2d(nn.BatchNorm2d):
         if memory_format is None:
             x, memory_format, inplace = x.contiguous(), "contiguous", False
         bits = None if mask is None else _checked_mask(mask, x, memory_format)
-        # Compiled code writes in place where it sees fit, and autograd lets a function that returns more than one tensor
-        # not write to a view.
+        # The compiler decides itself where to write in place. Autograd does not let a function that returns more than one
+        # tensor write to a view.
         inplace = inplace and not torch.compiler.is_compiling() and not x._is_view()
 
-        # What follows is nn.BatchNorm2d's own.
+        # The choice of statistics follows nn.BatchNorm2d.forward.
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         running_mean, running_var = self.running_mean, self.running_var
-        of_the_batch = self.training or (running_mean is None and running_var is None)
+        batch_statistics = self.training or (running_mean is None and running_var is None)
         if self.training and not self.track_running_stats:
             running_mean = running_var = None
-        if of_the_batch and x.numel() == x.shape[1]:
+        if batch_statistics and x.numel() == x.shape[1]:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.size()}"
             )
-        if of_the_batch and self.eps <= 0:  # a channel of zeros has no variance
+        if batch_statistics and self.eps <= 0:  # a channel of zeros has variance 0
             raise ValueError(f"eps={self.eps}: must be positive in training")
         weight, bias = self.weight, self.bias
-        if weight is not None and bias is None:  # the op takes both or neither
+        if weight is not None and bias is None:  # the op needs both or neither
             bias = torch.zeros_like(weight)
         y, *_ = apply(
-            _ShapedBatchNorm, x, rng_state, bits, p_zero, weight, bias, running_mean, running_var, of_the_batch,
+            _ShapedBatchNorm, x, rng_state, bits, p_zero, weight, bias, running_mean, running_var, batch_statistics,
             momentum, self.eps, relu, self.gradient == "clipped", inplace, memory_format,
         )  # fmt: skip
         return y

@@ -1,4 +1,4 @@
-"""BitMask: a binary mask at one bit an element."""
+"""BitMask: a binary mask with one bit per element."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class BitMask:
     The layout is that of ``numpy.packbits(bitorder="little")``. Spare bits of the last byte are zero.
 
     Attributes:
-        bits: uint8 (ceil(n / 8),), n the number of elements.
+        bits: uint8 (ceil(n / 8),), where n is the number of elements.
         shape: torch.Size of the mask.
-        memory_format: ``"contiguous"``, ``"channels_last"`` or ``"channels_last_3d"``: which element is
-            number i.
+        memory_format: ``"contiguous"``, ``"channels_last"`` or ``"channels_last_3d"``: the order in which elements are
+            numbered.
 
     Save with ``torch.save`` and load with ``torch.load(..., weights_only=True)``.
     """
@@ -30,17 +30,17 @@ class BitMask:
     __slots__ = ("bits", "memory_format", "shape")
 
     def __init__(self, bits: Tensor, shape, memory_format: str = "contiguous"):
-        """Wrap bits that are already packed; see `from_tensor` to pack.
+        """Wrap bits that are already packed; `from_tensor` packs.
 
         Raises:
             TypeError: bits is not a uint8 tensor.
-            ValueError: bits has another length than shape needs, or memory_format is unknown or
-                does not go with the number of dimensions.
+            ValueError: the length of bits does not match the shape, or memory_format is unknown or does not match the number
+                of dimensions.
         """
         shape = torch.Size(shape)
         if not isinstance(bits, Tensor) or bits.dtype != torch.uint8:
-            found = bits.dtype if isinstance(bits, Tensor) else type(bits).__name__
-            raise TypeError(f"bits: must be a uint8 tensor, not {found}")
+            kind = bits.dtype if isinstance(bits, Tensor) else type(bits).__name__
+            raise TypeError(f"bits: must be a uint8 tensor, not {kind}")
         needed = (shape.numel() + 7) // 8
         if bits.shape != (needed,):
             raise ValueError(
@@ -60,18 +60,18 @@ class BitMask:
 
     @classmethod
     def from_tensor(cls, t: Tensor) -> BitMask:
-        """Pack ``t > 0``, in t's memory format (contiguous where it has neither).
+        """Pack ``t > 0``, in t's memory format (contiguous if t's strides match no memory format).
 
         Args:
             t: any shape; float16, bfloat16, float32, float64, bool or uint8.
 
         Raises:
-            TypeError: t has another dtype.
+            TypeError: t is not a tensor of one of these dtypes.
         """
         if not isinstance(t, Tensor) or t.dtype not in _MASK_DTYPES:
-            found = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
             allowed = ", ".join(str(d).removeprefix("torch.") for d in _MASK_DTYPES)
-            raise TypeError(f"mask: must be a BitMask or a tensor of {allowed}, not {found}")
+            raise TypeError(f"mask: must be a BitMask or a tensor of {allowed}, not {kind}")
         t = t.detach()
         memory_format = memory_format_name(t)
         if memory_format is None:
@@ -100,16 +100,18 @@ class BitMask:
         device: torch.device | str | None = None,
         memory_format: str = "contiguous",
     ) -> BitMask:
-        """The mask that ``fastshape.shape`` draws for this state: one with probability 1 - p_zero.
+        """The random mask that ``fastshape.shape`` draws for this state.
 
         Args:
             shape: shape of the mask.
             p_zero: probability of a zero, in [0, 1).
-            rng_state: int64 [seed, offset]; None draws one from `generator`.
-            device: where to put it; None is rng_state's device, or the CPU.
+            rng_state: int64 [seed, offset]; None draws a state from `generator`.
+            generator: draws the state; None is the default generator of `device`.
+            device: the device of the mask; None is the device of rng_state, or the CPU without one.
+            memory_format: the order in which elements are numbered.
 
         Raises:
-            ValueError, TypeError: p_zero or rng_state is not valid; both rng_state and generator.
+            ValueError, TypeError: p_zero or rng_state is not valid, or rng_state and generator are both given.
         """
         p_zero = checked_p_zero(p_zero)
         if rng_state is None:
@@ -136,7 +138,7 @@ class BitMask:
         return flat.as_strided(self.shape, dense_strides(self.shape, self.memory_format))
 
     def density(self) -> float:
-        """Share of ones, 0 to 1; NaN for an empty mask. Waits for the device."""
+        """The share of ones, from 0 to 1; NaN for an empty mask. Waits for the device."""
         if self.numel() == 0:
             return float("nan")
         per_byte = torch.bincount(self.bits, minlength=256).cpu()
@@ -144,24 +146,24 @@ class BitMask:
         return ones / self.numel()
 
     def in_memory_format(self, memory_format: str) -> BitMask:
-        """The same mask, its elements numbered by another memory format; itself if it is that already."""
+        """The same mask with its elements numbered in `memory_format`; the mask itself if they already are."""
         if memory_format == self.memory_format:
             return self
         ordered = self.to_bool().contiguous(memory_format=MEMORY_FORMATS[memory_format])
-        # Where both orders are one (a single channel, say), `ordered` may name itself either way.
+        # If both orders are equal, as with a single channel, memory_format_name(ordered) could return either name.
         return BitMask(torch.ops.fastshape.pack.default(ordered), self.shape, memory_format)
 
     def first(self, count: int) -> BitMask:
         """The masks of the first `count` samples of the batch (dimension 0).
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: the mask has fewer samples.
         """
         if not 0 <= count <= self.shape[0]:
-            raise ValueError(f"count={count}: this mask holds a batch of {self.shape[0]}")
+            raise ValueError(f"count={count}: this mask has {self.shape[0]} samples")
         if count == self.shape[0]:
             return self
-        # The batch is the outermost dimension of every memory format: a prefix of the bits.
+        # The batch is the outermost dimension in every memory format, so the first samples are a prefix of the bits.
         shape = torch.Size((count, *self.shape[1:]))
         n = shape.numel()
         bits = self.bits[: (n + 7) // 8]
@@ -180,7 +182,7 @@ class BitMask:
         """Element-wise and.
 
         Raises:
-            ValueError: another shape or device.
+            ValueError: the masks differ in shape or device.
         """
         if not isinstance(other, BitMask):
             return NotImplemented

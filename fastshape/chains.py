@@ -1,4 +1,4 @@
-"""Chains conv -> BatchNorm2d (-> ReLU): found in a model's code by torch.fx, and run as one op."""
+"""Chains conv -> BatchNorm2d (-> ReLU). torch.fx finds them in a model's code, and one op runs BatchNorm and ReLU."""
 
 from __future__ import annotations
 
@@ -19,18 +19,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from .batch_norm import ShapedBatchNorm2d
 from .bitmask import BitMask
 
-CONSTANTS = (
-    type(None),
-    bool,
-    int,
-    float,
-    str,
-)  # what code may ask of an argument when it is traced
+# Tracing passes arguments of these types to the code as they are.
+CONSTANTS = (type(None), bool, int, float, str)
 
 _CONVS_2D = (nn.Conv2d, nn.ConvTranspose2d)
 _CONVS = (*_CONVS_2D, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# Nodes of autograd that keep what went in and not what came out.
+# Autograd nodes that save their input and not their output.
 _KEEP_NO_OUTPUT = {
     "ConvolutionBackward0",
     "NativeBatchNormBackward0",
@@ -40,12 +35,12 @@ _KEEP_NO_OUTPUT = {
 
 
 def _is_plain(module: nn.Module, *types: type) -> bool:
-    """Of one of these types, not of a subclass, and with that type's own forward."""
+    """Whether `module` is of exactly one of these types and has the forward of that type."""
     return type(module) in types and "forward" not in vars(module)
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks see what goes in or comes out."""
+    """Whether `module` has hooks that see its input or output."""
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks
@@ -55,10 +50,10 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def output_is_free(module: nn.Module, output: Tensor) -> bool:
-    """Whether the only forward hook of `module` may write into its output: nothing else has it, or needs it for backward.
+    """Whether the only forward hook of `module` may overwrite its output: nothing else uses it or needs it for backward.
 
-    True of torch's own convolutions and batch norms, which keep their input alone. Not of a subclass, nor beside other
-    hooks: these may keep the output. Not of a view, nor where autograd has it from elsewhere, as from compiled code.
+    True for convolutions and batch norms of torch, which save only their input. False for subclasses and with other hooks,
+    because these may keep the output. False for a view, and if another autograd node made it, as in compiled code.
     """
     if (
         not _is_plain(module, *_CONVS, *_BATCH_NORMS)
@@ -67,8 +62,8 @@ def output_is_free(module: nn.Module, output: Tensor) -> bool:
         or output._is_view()
     ):
         return False
-    made_by = output.grad_fn
-    return not output.requires_grad if made_by is None else made_by.name() in _KEEP_NO_OUTPUT
+    node = output.grad_fn
+    return not output.requires_grad if node is None else node.name() in _KEEP_NO_OUTPUT
 
 
 # ---- tracing ----
@@ -81,7 +76,7 @@ class _Tracer(fx.Tracer):
         self.proxies: dict[fx.Node, ref] = {}
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        # What holds no module holds no chain, and may be of no use to stand-ins, as a subclass of a norm is.
+        # A module without submodules has no chain. Its code may fail with proxies, as that of a norm's subclass does.
         return not module._modules or name in self.leaves or super().is_leaf_module(module, name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -94,8 +89,8 @@ class Trace(NamedTuple):
     """One forward of a module.
 
     Attributes:
-        graph: what it calls.
-        kept: values that the module's code still holds when it is done.
+        graph: the calls of the forward.
+        kept: values that the module still references after the forward.
     """
 
     graph: fx.Graph
@@ -119,25 +114,25 @@ def trace(
     kwargs: Mapping = MappingProxyType({}),
     training: bool | None = None,
 ) -> Trace:
-    """Trace `model` as called with these inputs. Its own state stays as it is.
+    """Trace a call of `model` with these inputs. The state of the model does not change.
 
-    `CONSTANTS` are taken as they are, and so is the default of what is left out: code may ask for them. Other inputs may
-    be anything.
+    Inputs of the types `CONSTANTS` and the defaults of omitted arguments reach the code as they are, so that it may branch on
+    them. All other inputs become proxies.
 
     Args:
-        leaves: names of modules not to look into, besides those of torch.nn.
-        training: the mode of all modules; None is the one that each is in.
+        leaves: names of modules that are not traced into, in addition to those of torch.nn.
+        training: the mode of all modules; None leaves each in its own mode.
 
     Raises:
-        Exception: whatever the model's code may raise when it meets stand-ins.
+        Exception: anything that the model's code raises for proxies.
     """
     signature = inspect.signature(model.forward)
-    given = signature.bind_partial(*inputs, **kwargs).arguments
-    known = {name: value for name, value in given.items() if isinstance(value, CONSTANTS)}
+    arguments = signature.bind_partial(*inputs, **kwargs).arguments
+    constants = {name: value for name, value in arguments.items() if isinstance(value, CONSTANTS)}
     for name, parameter in signature.parameters.items():
-        if name not in given and parameter.default is not parameter.empty:
-            known[name] = parameter.default
-    # The code runs on a twin, which shares the tensors and has no hooks: what it sets, it sets there.
+        if name not in arguments and parameter.default is not parameter.empty:
+            constants[name] = parameter.default
+    # Trace a twin that shares the tensors and has no hooks, so that attributes that the code sets are set there.
     memo = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
     for module in model.modules():
         memo[id(module._forward_pre_hooks)] = OrderedDict()
@@ -146,21 +141,21 @@ def trace(
     if training is not None:
         twin.train(training)
     tracer = _Tracer(leaves)
-    graph = tracer.trace(twin, concrete_args=known)
+    graph = tracer.trace(twin, concrete_args=constants)
     return Trace(graph, {node for node, proxy in tracer.proxies.items() if proxy() is not None})
 
 
-# ---- finding ----
+# ---- search ----
 
 
 class Chain(NamedTuple):
-    """What follows a convolution.
+    """The modules after a convolution.
 
     Attributes:
         owner: name of the module whose code calls the chain; ``""`` is the model itself.
-        bn: name of the BatchNorm2d that alone takes the convolution's output.
-        relu: name of the ReLU that alone takes bn's output, or None.
-        escapes: whether owner returns bn's output, so that only its caller knows what takes it.
+        bn: name of the BatchNorm2d that is the only user of the convolution's output.
+        relu: name of the ReLU that is the only user of bn's output, or None.
+        escapes: whether owner returns bn's output. If so, only the caller of owner knows who uses it.
     """
 
     owner: str
@@ -170,97 +165,101 @@ class Chain(NamedTuple):
 
 
 class _NoChain(Exception):
-    """Why there is none."""
+    """Raised with the reason why a convolution starts no chain."""
 
 
 class _Unclear(_NoChain):
-    """Why one module's code does not tell; that of a module around it may."""
+    """Raised if the code of one module does not show the chain, but the code of a module around it may."""
 
 
 def find_chains(
     model: nn.Module, names: Iterable[str], modes: Sequence[bool]
 ) -> tuple[dict[str, Chain], dict[str, str]]:
-    """The chains that begin with the modules `names`, and for the other names why none does.
+    """The chains that start with the modules `names`, and the reasons why the other modules start none, both by name.
 
     Args:
-        modes: the values of ``training`` in which a chain must be the same.
+        modes: the values of ``training`` for which a chain must be the same.
     """
 
     @functools.cache
-    def traced(owner: str, training: bool) -> Trace | str:
+    def forward_of(owner: str, training: bool) -> Trace | str:
         try:
             return trace(model.get_submodule(owner), training=training)
-        except Exception as problem:  # whatever that code may raise
+        except Exception as problem:  # the model's code may raise anything
             return f"torch.fx cannot trace {owner or 'the model'}: {problem}"
 
     chains, reasons = {}, {}
     for name in names:
         try:
-            chains[name] = _find_chain(model, name, modes, traced)
+            chains[name] = _find_chain(model, name, modes, forward_of)
         except _NoChain as reason:
             reasons[name] = str(reason)
     return chains, reasons
 
 
-def _find_chain(model: nn.Module, name: str, modes: Sequence[bool], traced: Callable) -> Chain:
+def _find_chain(model: nn.Module, name: str, modes: Sequence[bool], forward_of: Callable) -> Chain:
     conv = model.get_submodule(name)
     if not _is_plain(conv, *_CONVS_2D):
         raise _NoChain(f"it is a {type(conv).__name__}, not a plain 2d convolution")
     if conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks:
-        raise _NoChain("other hooks see its output")
-    # The smallest module whose code tells: a part of a model is often called alone, and traced where the whole cannot be.
-    found, parts = None, name.split(".")
+        raise _NoChain("it has other hooks")
+    # Start with the smallest module: it is often called on its own, and can be traced even if the whole model cannot.
+    result, parts = None, name.split(".")
     while parts:
         owner = ".".join(parts := parts[:-1])
         try:
-            ways = {_chain_in(model, owner, name, traced(owner, training)) for training in modes}
-            if len(ways) > 1:
-                raise _NoChain("what follows it in training is not what follows it in evaluation")
-            (way,) = ways
-            if found is None or way.relu:
-                found = way
-            if not way.escapes:
+            chains = {
+                _chain_in(model, owner, name, forward_of(owner, training)) for training in modes
+            }
+            if len(chains) > 1:
+                raise _NoChain("training and evaluation use its output differently")
+            (chain,) = chains
+            if result is None or chain.relu:
+                result = chain
+            if not chain.escapes:
                 break
         except _Unclear as reason:
             unclear = reason
         except _NoChain:
-            if found is None:
+            if result is None:
                 raise
             break
-    if found is None:
+    if result is None:
         raise unclear
-    return found
+    return result
 
 
-def _chain_in(model: nn.Module, owner: str, name: str, traced: Trace | str) -> Chain:
-    if isinstance(traced, str):
-        raise _Unclear(traced)
+def _chain_in(model: nn.Module, owner: str, name: str, forward: Trace | str) -> Chain:
+    if isinstance(forward, str):
+        raise _Unclear(forward)
     prefix = f"{owner}." if owner else ""
-    conv = traced.calls(name.removeprefix(prefix))
+    conv = forward.calls(name.removeprefix(prefix))
     if not conv:
         raise _Unclear(f"{owner or 'the model'} does not call it")
     if len(conv) > 1:
         raise _NoChain(f"it is called {len(conv)} times in one forward")
 
-    user = traced.only_user(conv[0])
+    user = forward.only_user(conv[0])
     if user is None:
-        raise _NoChain(f"not only a BatchNorm2d takes its output, but {traced.users(conv[0])}")
+        raise _NoChain(
+            f"its output is not used by one BatchNorm2d alone, but by {forward.users(conv[0])}"
+        )
     if user.op == "output":
         raise _Unclear(f"{owner or 'the model'} returns its output")
     if user.op != "call_module":
-        raise _NoChain(f"{user.name} takes its output, not a BatchNorm2d")
+        raise _NoChain(f"its output is used by {user.name}, not by a BatchNorm2d")
     bn_name = prefix + user.target
     bn = model.get_submodule(bn_name)
     if not _is_plain(bn, nn.BatchNorm2d):
         raise _NoChain(
-            f"{bn_name} takes its output, a {type(bn).__name__}, not a plain BatchNorm2d"
+            f"its output is used by {bn_name}, which is a {type(bn).__name__}, not a plain BatchNorm2d"
         )
     if _is_watched(bn):
         raise _NoChain(f"{bn_name} has hooks")
-    if (times := len(traced.calls(user.target))) > 1:
+    if (times := len(forward.calls(user.target))) > 1:
         raise _NoChain(f"{bn_name} is called {times} times in one forward")
 
-    user = traced.only_user(user)
+    user = forward.only_user(user)
     relu = None
     if user is not None and user.op == "call_module":
         module = model.get_submodule(prefix + user.target)
@@ -269,16 +268,16 @@ def _chain_in(model: nn.Module, owner: str, name: str, traced: Trace | str) -> C
     return Chain(owner, bn_name, relu, escapes=user is not None and user.op == "output")
 
 
-# ---- running ----
+# ---- execution ----
 
-# What a tensor carries from one module of a chain to the next. It goes with the tensor: what is not part of a chain never
-# sees it, and nothing is left behind.
-_SHAPING = "_fastshape_shaping"  # on a convolution's output: how bn is to shape it
-_RECTIFIED = "_fastshape_rectified"  # on bn's output: the version that is rectified
+# Attributes that a tensor carries from one module of a chain to the next. They live as long as the tensor, and modules outside
+# the chain ignore them.
+_SHAPING = "_fastshape_shaping"  # on a convolution's output: how bn should shape it
+_RECTIFIED = "_fastshape_rectified"  # on bn's output: the tensor version that is already rectified
 
 
 class FusedBatchNorm2d(ShapedBatchNorm2d):
-    """What `attach` makes of a BatchNorm2d while it is attached: plain, but for input that is to be shaped."""
+    """The class of a BatchNorm2d in a chain while `attach` is active. It shapes input that carries a shaping."""
 
     def forward(self, input: Tensor) -> Tensor:
         shaping = vars(input).pop(_SHAPING, None)
@@ -294,10 +293,10 @@ class FusedBatchNorm2d(ShapedBatchNorm2d):
 
 
 class PassingReLU(nn.ReLU):
-    """What `attach` makes of a ReLU while it is attached: plain, but it hands on what is rectified already."""
+    """The class of a ReLU in a chain while `attach` is active. It returns input that is already rectified as it is."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():  # the compiler fuses it with what follows
+        if not torch.compiler.is_compiling():  # compiled code fuses the ReLU anyway
             version = vars(input).get(_RECTIFIED)
             if version is not None and version == input._version:
                 return input
@@ -305,18 +304,19 @@ class PassingReLU(nn.ReLU):
 
 
 class Fusion:
-    """One chain of a model, run as one op while its owner runs. Elsewhere, as where the convolution is called alone, nobody
-    knows what takes the convolution's output.
+    """One chain of a model, which runs as one op while its owner runs.
+
+    Without its owner, as when the convolution is called on its own, the user of the convolution's output is unknown.
     """
 
     def __init__(self, name: str, conv: nn.Module, bn: nn.Module, relu: nn.Module | None):
         self.name, self.conv, self.bn, self.relu = name, conv, bn, relu
-        self.owner_runs: bool | None = None  # as it was traced; None where it does not run
-        self.owner_ran = False  # when forward called the convolution last, and as it was traced
-        self.waiting = False  # bn has not yet met what it is to shape
+        self.owner_runs: bool | None = None  # whether it runs as traced; None: it does not run
+        self.owner_ran = False  # the value of owner_runs when forward last called the convolution
+        self.waiting = False  # bn has not yet received the output that it should shape
 
     def start(self, gradient: str) -> None:
-        """Change the classes of bn and relu. The modules stay the same ones, with their state, hooks and places."""
+        """Change the classes of bn and relu. The module objects stay, with their state and hooks."""
         settings = {"p_zero": None, "gradient": gradient, "at_eval": "off", "inplace": False}
         vars(self.bn).update(settings, relu=self.relu is not None)
         self.bn.__class__ = FusedBatchNorm2d
@@ -328,15 +328,15 @@ class Fusion:
             self.bn.__class__ = nn.BatchNorm2d
             for setting in ("p_zero", "gradient", "at_eval", "inplace", "relu"):
                 del vars(self.bn)[setting]
-        # It may serve another attachment too, which then loses speed and nothing else.
+        # If another attachment uses the same ReLU, that attachment only loses speed.
         if type(self.relu) is PassingReLU:
             self.relu.__class__ = nn.ReLU
 
     def takes_over(self, again: bool) -> bool:
-        """Whether bn may shape what the convolution gives now: within its owner, and with nobody looking on.
+        """Whether bn may shape the output of this call: the owner runs, and no other hook sees the output.
 
         Args:
-            again: backward computes it again, maybe without its owner: what is checkpointed may be a part of that.
+            again: backward repeats the call. The owner may not run then, because a checkpoint may cover only a part of it.
         """
         conv = self.conv
         if not again:
@@ -356,13 +356,13 @@ class Fusion:
         rng_state: Tensor | None,
         inplace: bool,
     ) -> None:
-        """Leave it to bn to shape x."""
+        """Let bn shape x."""
         setattr(x, _SHAPING, (self, p_zero, mask, rng_state, inplace))
         self.waiting = True
 
 
 class Owner:
-    """The hooks on a module whose code calls chains: they tell the chains that it runs."""
+    """The hooks on a module whose code calls chains. They tell the chains whether the module runs."""
 
     def __init__(self, module: nn.Module, fusions: list[Fusion]):
         self.fusions = fusions
@@ -373,7 +373,7 @@ class Owner:
         ]
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # Called in another way than it was traced, it may do something else. Lists: the compiler follows no generators.
+        # With other arguments than it was traced with, the owner may run other code. torch.compile needs lists here.
         as_traced = len(args) + len(kwargs) == len(self.inputs)
         as_traced = as_traced and all([name in self.inputs for name in kwargs])
         as_traced = as_traced and not any(
@@ -385,9 +385,9 @@ class Owner:
     def end(self, module: nn.Module, args: tuple, output) -> None:
         for fusion in self.fusions:
             fusion.owner_runs = None
-            if fusion.waiting and output is not None:  # None: it raised
+            if fusion.waiting and output is not None:  # None: the owner raised
                 raise RuntimeError(
-                    f"method='replace': what {fusion.name} gave never reached its BatchNorm2d, and is not shaped; was the "
-                    "model changed after attach, as nn.SyncBatchNorm.convert_sync_batchnorm does? Change it before, or use "
-                    "method='hooks'"
+                    f"method='replace': the output of {fusion.name} did not reach its BatchNorm2d and is not shaped. If "
+                    "nn.SyncBatchNorm.convert_sync_batchnorm or other code changed the model after attach, change it before, "
+                    "or use method='hooks'"
                 )

@@ -1,4 +1,4 @@
-"""fastshape.shape: the op with its gradient."""
+"""fastshape.shape: activation shaping with its gradient."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GRADIENTS = ("straight_through", "clipped", "zero")
 
 
 def _masked(x, rng_state, bits, p_zero, memory_format):
-    """x * M, with a gradient of its own where a backward pass is to be differentiated again."""
+    """x * M. It has a gradient itself, so that the backward pass can be differentiated."""
     x = x.contiguous(memory_format=MEMORY_FORMATS[memory_format])
     if not torch.is_grad_enabled():
         return torch.ops.fastshape.shape.default(x, rng_state, bits, p_zero, False)
@@ -23,10 +23,10 @@ def _masked(x, rng_state, bits, p_zero, memory_format):
 
 
 class _Unbatched(torch.autograd.Function):
-    """A function of one whole tensor: refuses torch.func.vmap. To be called by `apply` below.
+    """A function of one whole tensor, without torch.func.vmap. Call it with `apply` below.
 
-    torch.func needs ``setup_context``, with which autograd binds forward's signature at every call: several times as long as
-    the op takes on a small map. So each function has a twin whose forward sets up its context itself.
+    torch.func needs ``setup_context``. With it, autograd binds the signature of forward at every call, which takes several times
+    as long as the op on a small map. So each function has a twin whose forward sets up the context itself.
     """
 
     def __init_subclass__(cls):
@@ -46,14 +46,14 @@ class _Unbatched(torch.autograd.Function):
 
 
 def apply(function: type[_Unbatched], *inputs):
-    """``function.apply``, by its twin where torch.func has no part in it."""
+    """``function.apply``, or that of the faster twin outside torch.func and torch.compile."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
     return function.twin.apply(*inputs)
 
 
 class _StraightThrough(_Unbatched):
-    """dL/dx = dL/dy * M. Keeps [seed, offset], or the bits it was given; never x or y."""
+    """dL/dx = dL/dy * M. Saves [seed, offset] or the bits of the mask, never x or y."""
 
     @staticmethod
     def forward(x, rng_state, bits, p_zero, binarize, inplace, memory_format):
@@ -78,7 +78,7 @@ class _StraightThrough(_Unbatched):
 
 
 class _Clipped(_Unbatched):
-    """dL/dx = dL/dy * M * 1[abs(x) <= 1]. Keeps one bit an element."""
+    """dL/dx = dL/dy * M * 1[abs(x) <= 1]. Saves one bit per element."""
 
     @staticmethod
     def forward(x, rng_state, bits, p_zero, binarize, inplace, memory_format):
@@ -115,7 +115,7 @@ def _checked_x(x: Tensor) -> None:
 
 
 def _checked_mask(mask: BitMask | Tensor, x: Tensor, memory_format: str) -> Tensor:
-    """The bits of `mask`, numbered as the elements of x."""
+    """The bits of `mask`, in the order of the elements of x."""
     if not isinstance(mask, BitMask):
         if isinstance(mask, Tensor) and mask.shape != x.shape:
             raise ValueError(
@@ -142,31 +142,30 @@ def shape(
 ) -> Tensor:
     """Activation shaping: ``B(x) * M``, with B(x) = 1 where x > 0 and 0 elsewhere (NaN included).
 
-    M is random (give `p_zero`), recorded (give `mask`) or all ones (give neither). A mask selects: where
-    it is zero the result is +0, also for an infinite or NaN x.
+    M is random (give `p_zero`), recorded (give `mask`) or all ones (give neither). The mask selects: where M is 0 the result is
+    +0, even if x is infinite or NaN.
 
     Args:
-        x: any shape; float16, bfloat16, float32 or float64. A contiguous or channels_last x keeps its
-            memory format; one of any other strides gives a contiguous result.
+        x: any shape; float16, bfloat16, float32 or float64. A contiguous or channels_last x keeps its memory format. Other
+            strides give a contiguous result.
         p_zero: probability of a zero in a random mask, in [0, 1).
-        mask: a `BitMask`, or a tensor of x's shape and device read as ``> 0``. It gets no gradient.
+        mask: a `BitMask`, or a tensor of x's shape and device, read as ``> 0``. It gets no gradient.
         binarize: False gives ``x * M`` with its exact gradient.
-        gradient: ``"straight_through"``: dL/dx = dL/dy * M. ``"clipped"``: dL/dy * M * 1[abs(x) <= 1].
-            ``"zero"``: none; the result is cut from the graph.
-        rng_state: int64 [seed, offset] on x's device: makes a random mask a function of this state.
-        generator: where to draw the state from; None is the default generator of x's device.
-        inplace: write the result into x. For an x that nothing else needs for its backward, such as
-            the output of a convolution.
+        gradient: ``"straight_through"`` is dL/dx = dL/dy * M. ``"clipped"`` is dL/dy * M * 1[abs(x) <= 1]. ``"zero"`` has no
+            gradient: the result is detached.
+        rng_state: int64 [seed, offset] on x's device; determines the random mask.
+        generator: draws the state; None is the default generator of x's device.
+        inplace: write the result into x. Nothing else may need x for its own backward; this holds for the output of a
+            convolution.
 
     Returns:
-        Tensor of x's shape and dtype; with `inplace` x itself, or with gradient ``"zero"`` an alias of x
-        that is cut from the graph.
+        Tensor of x's shape and dtype. With `inplace` it is x itself or, for gradient ``"zero"``, a detached alias of x.
 
     Raises:
-        TypeError: a dtype that cannot be shaped; a mask, p_zero or rng_state of a wrong type.
-        ValueError: p_zero outside [0, 1); a mask or rng_state of another shape or device; p_zero and
-            mask together; rng_state or generator without p_zero, or together; an unknown gradient.
-        RuntimeError: in place on a leaf that requires a gradient.
+        TypeError: the dtype cannot be shaped; mask, p_zero or rng_state has a wrong type.
+        ValueError: p_zero is outside [0, 1); mask or rng_state has a wrong shape or device; p_zero and mask are both given;
+            rng_state or generator is given without p_zero, or both are; the gradient is unknown.
+        RuntimeError: `inplace` and x is a leaf that requires a gradient.
 
     Example:
         >>> x = torch.tensor([-1.0, 2.0, 3.0])
@@ -202,9 +201,9 @@ def shape(
     elif mask is not None:
         bits = _checked_mask(mask, x, memory_format)
 
-    # Three take a copy: strides that are neither dense order, which must; graphs that torch.compile captures, which lose
-    # nothing, for the compiler writes in place where it sees fit; and the clipped gradient of a view, for autograd lets
-    # a function write to a view only if it returns nothing else.
+    # Three cases need a copy. Strides that match no memory format are made contiguous. Under torch.compile the compiler decides
+    # itself where to write in place. And autograd lets a function write to a view only if it returns nothing else, which
+    # excludes the clipped gradient.
     writes_x = inplace and dense is x and not torch.compiler.is_compiling()
     if writes_x and gradient == "clipped" and x._is_view():
         writes_x = False

@@ -1,4 +1,4 @@
-"""Memory order: which element is number i."""
+"""Memory formats: the order in which elements are numbered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MEMORY_FORMATS = {
 
 
 def memory_format_name(x: Tensor) -> str | None:
-    """The memory format x is dense in: a key of `MEMORY_FORMATS`, or None for any other strides."""
+    """The memory format in which x is dense: a key of `MEMORY_FORMATS`, or None for other strides."""
     if x.is_contiguous():
         return "contiguous"
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):

@@ -1,4 +1,4 @@
-"""The module form of fastshape.shape."""
+"""fastshape.shape as a module."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class ActivationShaping(nn.Module):
     """Shapes its input: ``B(x) * M``; see `fastshape.shape`.
 
     Args:
-        p_zero: probability of a zero in a mask drawn anew at each call, in [0, 1); None draws none.
+        p_zero: probability of a zero in the mask that each call draws, in [0, 1); None draws no mask.
         binarize, gradient, inplace: as in `fastshape.shape`.
-        at_eval: what ``module.eval()`` does: ``"off"`` passes the input on, ``"binarize"`` binarizes
-            without a mask, ``"on"`` shapes as in training.
+        at_eval: what happens in evaluation mode. ``"off"`` returns the input, ``"binarize"`` binarizes without a mask, ``"on"``
+            shapes as in training.
 
     Shape:
         Input and output: any shape, float16, bfloat16, float32 or float64.
@@ -48,7 +48,7 @@ class ActivationShaping(nn.Module):
         self.inplace = inplace
 
     def forward(self, x: Tensor, mask: BitMask | Tensor | None = None) -> Tensor:
-        """Shape `x`; a `mask` given here replaces the random one."""
+        """Shape `x`. A `mask` replaces the random mask."""
         if not self.training and self.at_eval == "off":
             return x
         masked = self.training or self.at_eval == "on"

@@ -1,9 +1,9 @@
 """The specification of activation shaping in plain PyTorch.
 
-Every other backend must give these bits. Readable rather than fast; nothing here but torch is needed.
+Every other backend must return the same bits. The code is readable rather than fast, and needs only torch.
 
-Elements are counted in memory order: for a contiguous or channels_last tensor, element ``i`` is the
-``i``-th in memory. Any other tensor is made contiguous first (by `fastshape.shape`).
+Elements are numbered in memory order: element ``i`` of a contiguous or channels_last tensor is the ``i``-th in memory.
+`fastshape.shape` makes any other tensor contiguous first.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def philox_words(seed: Tensor, offset: Tensor) -> Tensor:
     """Philox4x32-10 words (Salmon et al., SC 2011).
 
     Args:
-        seed: int64 scalar, read as 64 unsigned bits: the key (low word, high word).
-        offset: int64 (m,), read as unsigned: counter words (low, high, 0, 0).
+        seed: int64 scalar, read as unsigned: the key (low word, high word).
+        offset: int64 (m,), read as unsigned: the counter words (low, high, 0, 0).
 
     Returns:
         int64 (m, 4), each value one unsigned 32-bit word.
@@ -41,7 +41,7 @@ def philox_words(seed: Tensor, offset: Tensor) -> Tensor:
     counter = [offset & _WORD, (offset >> 32) & _WORD, torch.zeros_like(offset)]
     counter.append(counter[2])
     for _ in range(10):
-        # An int64 product wraps at 2^64: its bits are those of the unsigned product.
+        # An int64 product wraps at 2^64, so that its bits are those of the unsigned product.
         product0 = counter[0] * 0xD2511F53
         product1 = counter[2] * 0xCD9E8D57
         counter = [
@@ -55,15 +55,15 @@ def philox_words(seed: Tensor, offset: Tensor) -> Tensor:
 
 
 def drop_threshold(p_zero: float) -> int:
-    """The 16-bit draw below which an element is dropped: ``round(p_zero * 65536)``."""
+    """``round(p_zero * 65536)``: an element with a 16-bit draw below it is dropped."""
     return round(p_zero * 65536)
 
 
 def random_mask(rng_state: Tensor, n: int, p_zero: float) -> Tensor:
-    """bool (n,): element i is kept iff its 16-bit draw is at least `drop_threshold`.
+    """bool (n,): element i is kept if and only if its 16-bit draw is at least `drop_threshold`.
 
-    Element i takes the call with offset ``base + i // 8`` (wrapping at 2^64), word ``(i % 8) // 2``,
-    low half first.
+    The draw of element i is half ``i % 2`` (0 is the low half) of word ``(i % 8) // 2`` of the Philox call with offset
+    ``rng_state[1] + i // 8``, which wraps at 2^64.
     """
     calls = torch.arange((n + 7) // 8, device=rng_state.device)
     words = philox_words(rng_state[0], rng_state[1] + calls)
@@ -85,7 +85,7 @@ def unpack(bits: Tensor, n: int) -> Tensor:
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """A 1-d view of a dense tensor, elements in memory order."""
+    """A 1-d view of a dense tensor, with its elements in memory order."""
     return x.as_strided((x.numel(),), (1,))
 
 
@@ -114,8 +114,8 @@ def shape(
 ) -> Tensor:
     """``B(x) * M``, or ``x * M`` without `binarize`. B(x) is 1 where x > 0, else 0 (also for NaN).
 
-    M is random (`rng_state`, `p_zero`), given (`bits`) or, with neither, all ones. A mask selects:
-    where M is 0 the result is +0 whatever x is, so that an infinity behind a mask stays there.
+    M is random (`rng_state`, `p_zero`), given (`bits`) or, with neither, all ones. The mask selects: where M is 0 the result is
+    +0, even if x is infinite or NaN.
 
     Args:
         x: dense, float16, bfloat16, float32 or float64, n elements.
@@ -141,12 +141,12 @@ def shape_clipped(
     mask = _mask(x, rng_state, bits, p_zero)
     if mask is not None:
         within_one = within_one & mask
-    kept = within_one.as_strided((x.numel(),), (1,))
-    return shape(x, rng_state, bits, p_zero, binarize), pack_bool(kept)
+    flat = within_one.as_strided((x.numel(),), (1,))
+    return shape(x, rng_state, bits, p_zero, binarize), pack_bool(flat)
 
 
 def _table(statistics: Tensor, weight: Tensor | None, bias: Tensor | None):
-    """float64 per channel: scale; xhat of a zero and of a one; y of a zero and of a one, before ReLU."""
+    """float64 (C,) each: scale; xhat of a zero and of a one; y of a zero and of a one, before ReLU."""
     mean, invstd = statistics
     scale = invstd if weight is None else weight.double() * invstd
     bias = torch.zeros_like(mean) if bias is None else bias.double()
@@ -155,7 +155,7 @@ def _table(statistics: Tensor, weight: Tensor | None, bias: Tensor | None):
 
 
 def _entries(y: tuple, dtype: torch.dtype, relu: bool) -> tuple[Tensor, Tensor]:
-    """`_table`'s y as written: rounded to float32, then to `dtype` (float64 stays), then ReLU."""
+    """The y of `_table` as it is written: rounded to float32, then to `dtype` (float64 stays), then ReLU."""
     if dtype != torch.float64:
         y = [t.float() for t in y]
     y = [t.to(dtype) for t in y]
@@ -181,19 +181,19 @@ def shaped_batch_norm(
     relu: bool,
     clipped: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """BatchNorm2d, then ReLU with `relu`, of ``a = B(x) * M``: two numbers per channel.
+    """BatchNorm2d and (with `relu`) ReLU of ``a = B(x) * M``. y has two values per channel.
 
-    With k ones among the m elements of a channel: mean = k / m, var = mean (1 - mean) (both exact but for
-    the rounding of float64), y(a) = bias + (a - mean) weight / sqrt(var + eps), in float64, then rounded
-    to x's dtype. With `training` the statistics are the batch's, and the running ones move by `momentum`
-    (the share of the new), their variance being the unbiased one; else the running ones are used.
+    With k ones among the m elements of a channel, mean = k / m, var = mean (1 - mean) and
+    y(a) = bias + (a - mean) weight / sqrt(var + eps). All this is float64; y is then rounded to x's dtype. With `training` the
+    statistics are those of the batch, and the running statistics become (1 - momentum) old + momentum new, where the new
+    variance is the unbiased one. Otherwise the running statistics are used.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; float16, bfloat16, float32 or float64.
         rng_state, bits, p_zero: as in `shape`.
         weight, bias: (C,), or both None.
-        running_mean, running_var: (C,), changed in place, or both None.
-        clipped: also give the bits of M * 1[abs(x) <= 1].
+        running_mean, running_var: (C,), updated in place, or both None.
+        clipped: also return the bits of M * 1[abs(x) <= 1].
 
     Returns:
         y: of x's shape, dtype and memory format.
@@ -215,7 +215,7 @@ def shaped_batch_norm(
                 running.copy_((1 - momentum) * running.double() + momentum * now)
     else:
         mean, var = running_mean.double(), running_var.double()
-    # On a CPU this is 1 / sqrt, each rounded once; torch's sqrt alone may be off by the last bit.
+    # On a CPU rsqrt is 1 / sqrt with each operation rounded once. torch's sqrt may be off in the last bit.
     statistics = torch.stack([mean, (var + eps).rsqrt()])
     zero, one = _entries(_table(statistics, weight, bias)[2], x.dtype, relu)
     y = torch.where(a, _per_channel(one), _per_channel(zero))
@@ -239,19 +239,20 @@ def shaped_batch_norm_backward(
     relu: bool,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of `shaped_batch_norm`: BatchNorm's own, then the straight-through one, da * M.
+    """The gradient of `shaped_batch_norm`: that of BatchNorm, then the straight-through gradient da * M.
 
-    Sums over a channel are in float64. dx = M (scale[a] dy + shift[a]) is in float32 (float64 for float64),
-    the product and the sum each rounded. Where scale[a] is 0, as behind a closed ReLU, dy is not looked at.
+    Sums over a channel are float64. dx = M (scale[a] dy + shift[a]) is computed in float32 (float64 for float64); the product
+    and the sum round once each. Where scale[a] is 0, as after a closed ReLU, dy is not read.
 
     Args:
-        grad: dL/dy, of y's shape, dtype and memory format.
-        ones, statistics, weight, bias, training, relu: what the forward had and gave.
-        rng_state, bits, p_zero: M; for the clipped gradient, `bits` are the forward's within_one.
-        needs_x: whether to give dx.
+        grad: dL/dy, with the shape, dtype and memory format of y.
+        ones, statistics: results of the forward.
+        weight, bias, training, relu: arguments of the forward.
+        rng_state, bits, p_zero: the mask M. For the clipped gradient, `bits` is the within_one of the forward.
+        needs_x: whether to compute dL/dx.
 
     Returns:
-        dL/dx (empty unless `needs_x`); dL/dweight and dL/dbias, of weight's dtype (empty without one).
+        dL/dx (empty unless `needs_x`); dL/dweight and dL/dbias, of weight's dtype (empty without a weight).
     """
     a = unpack(ones, grad.numel()).as_strided(grad.size(), grad.stride())
     m = grad.numel() // grad.shape[1]
@@ -291,23 +292,23 @@ def shaped_batch_norm_backward(
 
 
 class _Differentiable(torch.autograd.Function):
-    """The gradient policies as formulas over a bool mask: nothing packed, nothing fused."""
+    """The gradients as formulas over a bool mask, without packing or fusion."""
 
     @staticmethod
     def forward(ctx, x, rng_state, bits, p_zero, binarize, gradient):
         mask = _mask(x, rng_state, bits, p_zero)
         if mask is None:
             mask = torch.ones_like(x, dtype=torch.bool)
-        kept = mask & (x.abs() <= 1) if gradient == "clipped" else mask
-        ctx.save_for_backward(kept)
+        passes = mask & (x.abs() <= 1) if gradient == "clipped" else mask
+        ctx.save_for_backward(passes)
         value = (x > 0).to(x.dtype) if binarize else x
         return torch.where(mask, value, torch.zeros((), dtype=x.dtype, device=x.device))
 
     @staticmethod
     def backward(ctx, grad):
-        (kept,) = ctx.saved_tensors
+        (passes,) = ctx.saved_tensors
         zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
-        return torch.where(kept, grad, zero), None, None, None, None, None
+        return torch.where(passes, grad, zero), None, None, None, None, None
 
 
 def differentiable_shape(
@@ -318,8 +319,8 @@ def differentiable_shape(
     binarize: bool = True,
     gradient: str = "straight_through",
 ) -> Tensor:
-    """`shape` with its gradient: dL/dy * M, times 1[abs(x) <= 1] where `gradient` is ``"clipped"``.
+    """`shape` with its gradient dL/dy * M, times 1[abs(x) <= 1] if `gradient` is ``"clipped"``.
 
-    The baseline of tests and benchmarks; `fastshape.shape` gives the same bits.
+    Tests and benchmarks use it as the baseline. `fastshape.shape` returns the same bits.
     """
     return _Differentiable.apply(x, rng_state, bits, p_zero, binarize, gradient)

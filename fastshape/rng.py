@@ -1,4 +1,4 @@
-"""The state of the random stream: an int64 tensor [seed, offset], an input of the ops like any other."""
+"""The state of a random mask: an int64 tensor [seed, offset], which is an ordinary input of the ops."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ def rng_state(
 ) -> Tensor:
     """A state for one random mask.
 
-    The mask is a function of this state and the element's number alone: the same on every backend,
-    device and thread count, for every dtype.
+    Each element of the mask is a function of this state and the element's number alone. So the mask is the same for every
+    backend, device, thread count and dtype.
 
     Args:
         seed: the 64-bit Philox key; the offset is then 0. None draws key and offset from `generator`.
-        generator: where to draw from; None is torch's default generator of `device`. It must be a
-            generator of `device`.
-        device: where the state shall be: the device of the tensor to shape.
+        generator: a generator of `device`; None is the default generator of `device`.
+        device: the device of the state, which must be that of the tensor to shape.
 
     Returns:
         int64 tensor [seed, offset] on `device`, both read as 64 unsigned bits.
@@ -31,7 +30,7 @@ def rng_state(
         ValueError: seed and generator are both given, or seed does not fit 64 bits.
     """
     if seed is None:
-        # One draw for both: on a GPU that is one launch, and no copy from the host.
+        # One draw for both numbers: on a GPU this takes one launch and no copy from the host.
         return torch.randint(0, 2**63 - 1, (2,), generator=generator, device=device)
     if generator is not None:
         raise ValueError("seed and generator: give one of them, not both")
@@ -44,15 +43,15 @@ def rng_state(
 
 
 def checked_rng_state(state: Tensor, device: torch.device) -> Tensor:
-    """`state` itself, if it is an rng_state for a tensor on `device`.
+    """`state` itself, if it is an rng_state on `device`.
 
     Raises:
-        TypeError: not an int64 tensor.
-        ValueError: another shape or device.
+        TypeError: state is not an int64 tensor.
+        ValueError: state has a wrong shape or device.
     """
     if not isinstance(state, Tensor) or state.dtype != torch.int64:
-        found = state.dtype if isinstance(state, Tensor) else type(state).__name__
-        raise TypeError(f"rng_state: must be an int64 tensor [seed, offset], not {found}")
+        kind = state.dtype if isinstance(state, Tensor) else type(state).__name__
+        raise TypeError(f"rng_state: must be an int64 tensor [seed, offset], not {kind}")
     if state.shape != (2,):
         raise ValueError(f"rng_state: must have shape (2,), not {tuple(state.shape)}")
     if state.device != device:
@@ -66,8 +65,8 @@ def checked_p_zero(p_zero: float) -> float:
     """`p_zero` as a float, if it is a probability below one.
 
     Raises:
-        TypeError: not a number.
-        ValueError: outside [0, 1), or NaN.
+        TypeError: p_zero is not a number.
+        ValueError: p_zero is outside [0, 1) or NaN.
     """
     if isinstance(p_zero, bool) or not isinstance(p_zero, (int, float)):
         raise TypeError(f"p_zero={p_zero!r}: must be a number in [0, 1)")

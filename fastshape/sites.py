@@ -1,4 +1,4 @@
-"""Which modules of a model are meant: by number, by name, by pattern, by kind."""
+"""Selects modules of a model by number, name, pattern or kind."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ KINDS = {
 def modules_of_kind(model: nn.Module, kind: str) -> list[str]:
     """Names of the model's convolutions, batch norms or activations, in ``named_modules()`` order.
 
-    Number k of the reports is entry k - 1: for ``"conv"`` in ResNet-18, 1 is conv1 and 20 is
-    layer4.1.conv2, the downsample convolutions being 8, 13 and 18.
+    Layer k of the published reports is entry k - 1. For ``"conv"`` in ResNet-18, 1 is conv1, 20 is layer4.1.conv2, and 8, 13
+    and 18 are the downsample convolutions.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: the kind is unknown.
     """
     if kind not in KINDS:
         raise ValueError(f"after={kind!r}: allowed are {', '.join(KINDS)}")
@@ -45,9 +45,9 @@ def _by_name(
     if text and text in modules:
         return [text]
     if any(sign in text for sign in "*?["):
-        found = [name for name in candidates if fnmatch.fnmatchcase(name, text)]
-        if found:
-            return found
+        matches = [name for name in candidates if fnmatch.fnmatchcase(name, text)]
+        if matches:
+            return matches
         listing = ", ".join(candidates) or "none"
         raise ValueError(f"layers: pattern {text!r} matches no {kind}; this model has {listing}")
     listing = ", ".join(name for name in modules if name)
@@ -61,18 +61,18 @@ def choose_layers(
     after: str = "conv",
     every: int = 1,
 ) -> tuple[str, ...]:
-    """Names of the chosen modules, in the order given.
+    """Names of the chosen modules, in the order of `layers`.
 
     Args:
-        layers: numbers (counted from 1 among the modules of kind `after`), module names, shell patterns
-            over the names of that kind, a list of these, or ``"all"``.
+        layers: numbers (which count the modules of kind `after` from 1), module names, shell patterns for the names of that
+            kind, a list of these, or ``"all"``.
         after: ``"conv"``, ``"bn"`` or ``"relu"`` (any activation module).
-        every: keep the every-th, 2 every-th, ... of what `layers` gives.
+        every: keep every `every`-th module of `layers`.
 
     Raises:
-        ValueError: an unknown kind, number or name (the message lists those that exist), a pattern that
-            matches nothing, a module named twice, or nothing left to shape.
-        TypeError: an entry that is neither int nor str.
+        ValueError: a kind, number or name is unknown (the message lists the known ones), a pattern matches nothing, a module
+            is named twice, or no module is left.
+        TypeError: an entry is neither int nor str.
     """
     candidates = modules_of_kind(model, after)
     modules = dict(model.named_modules())
@@ -83,24 +83,24 @@ def choose_layers(
             f"layers={layers!r}: must be numbers, names, patterns, a list of these, or 'all'"
         )
     entries = [layers] if isinstance(layers, (int, str)) else list(layers)
-    chosen: list[str] = []
+    result: list[str] = []
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, (int, str)):
             raise TypeError(f"layers: {entry!r} is neither a number, a name nor a pattern")
         if entry == "all":
-            found = candidates
+            names = candidates
         elif isinstance(entry, int):
-            found = [_by_number(entry, candidates, after)]
+            names = [_by_number(entry, candidates, after)]
         else:
-            found = _by_name(entry, modules, candidates, after)
-        for name in found:
-            if name in chosen:
+            names = _by_name(entry, modules, candidates, after)
+        for name in names:
+            if name in result:
                 raise ValueError(f"layers: {name!r} is named twice (again by {entry!r})")
-            chosen.append(name)
-    chosen = chosen[every - 1 :: every]
-    if not chosen:
+            result.append(name)
+    result = result[every - 1 :: every]
+    if not result:
         raise ValueError(
             f"layers={layers!r}, after={after!r}, every={every}: nothing to shape; "
             f"this model has {len(candidates)} modules of kind {after}"
         )
-    return tuple(chosen)
+    return tuple(result)

@@ -1,4 +1,4 @@
-"""What the tests share: the sizes and dtypes every backend is held to, and where real data is."""
+"""Fixtures that all tests share: real data, weights, kernels and threads."""
 
 import os
 from pathlib import Path
@@ -6,41 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Below, at and above a mask byte (8), a vector block (64) and a thread's share (32768).
-SIZES = (0, 1, 7, 8, 9, 63, 64, 65, 99, 999, 32768, 100_003)
-
-
-def awkward(n: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """(n,) normal values with every special number among them, at places that shift with n."""
-    x = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-    tiny, eps = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).eps
-    special = [float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0]
-    special += [
-        tiny,
-        -tiny,
-        tiny / 4,
-        -tiny / 4,
-        1 + eps,
-        -1 - eps,
-        1 - eps / 2,
-        torch.finfo(dtype).max,
-    ]
-    for k, value in enumerate(special):
-        x[k * 7 + 3 :: 131] = value
-    return x
-
-
-def as_bits(t: torch.Tensor) -> torch.Tensor:
-    """The tensor's memory as integers: equality that tells -0 from +0 and one NaN from another."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return t.detach().contiguous().view(integer)
-
-
-def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    assert actual.stride() == expected.stride()
-    assert torch.equal(as_bits(actual), as_bits(expected))
+pytest.register_assert_rewrite("tensors")
 
 
 @pytest.fixture
@@ -64,13 +30,13 @@ def imagenet_weights() -> Path:
 
 @pytest.fixture
 def kernels():
-    """The compiled module's primitives."""
+    """The primitives of the compiled module."""
     return pytest.importorskip("fastshape._C", reason="the compiled kernels are not built")
 
 
 @pytest.fixture(params=("plain", "avx2", "avx512"))
 def simd(request, kernels) -> str:
-    """The kernels of one instruction set, and of those below it where it has none of its own."""
+    """Limits the kernels to one instruction set. Kernels that it does not have run with the next lower set."""
     try:
         if kernels.limit_simd(request.param) != request.param:
             pytest.skip(f"this processor has no {request.param}")
@@ -81,7 +47,7 @@ def simd(request, kernels) -> str:
 
 @pytest.fixture
 def threads():
-    """torch.set_num_threads, undone afterwards."""
+    """torch.set_num_threads. The fixture restores the old number."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-// AVX2, in steps of whole blocks of 64 elements; what is left goes the plain path.
+// AVX2 kernels, in steps of whole blocks of 64 elements. The plain path does the rest.
 #include "driver.h"
 #include "lanes.h"
 
@@ -13,9 +13,9 @@ constexpr int kStepBlocks = 2;  // blocks of 64 elements a step
 
 // ---- masks ----
 
-// A random mask as vectors: what every block of it needs.
+// The keys and the threshold of a random mask, as vectors.
 struct Draws {
-  __m256i key0[kPhiloxRounds], key1[kPhiloxRounds];  // round keys, one copy a lane
+  __m256i key0[kPhiloxRounds], key1[kPhiloxRounds];  // round keys, one copy per lane
   __m256i threshold;
 };
 
@@ -32,21 +32,20 @@ FASTSHAPE_AVX2_INLINE Draws draws_of(const Mask& mask) {
   return draws;
 }
 
-// 32 mask bits from the words of four Philox calls, a call a lane, each word in the low half of its lane.
+// 32 mask bits from the words of four Philox calls. Each 64-bit lane holds one call, each word in the low half of its lane.
 FASTSHAPE_AVX2_INLINE uint32_t bits_of(__m256i c0, __m256i c1, __m256i c2, __m256i c3, __m256i threshold) {
-  // Sixteen 16-bit draws a vector: elements 0 to 3 of each call in `first`, 4 to 7 in `second`.
+  // Each vector has sixteen 16-bit draws: `first` those of elements 0 to 3 of each call, `second` those of 4 to 7.
   const __m256i first = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
   const __m256i second = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
   const __m256i keep_first = _mm256_cmpeq_epi16(_mm256_max_epu16(first, threshold), first);
   const __m256i keep_second = _mm256_cmpeq_epi16(_mm256_max_epu16(second, threshold), second);
-  // Narrowing puts both calls' first halves before their second halves: swap the middle two to have calls in order.
+  // Narrowing puts the first halves of two calls before their second halves. Swapping the middle two restores the order.
   const __m256i bytes = _mm256_shuffle_epi32(_mm256_packs_epi16(keep_first, keep_second), _MM_SHUFFLE(3, 1, 2, 0));
   return static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
 }
 
-// The mask of one step. Words live in the low half of 64-bit lanes: that is where the 32 x 32 -> 64 bit
-// multiplication reads them, and where xor may leave rubbish above without harm. A round is one long chain of
-// dependent steps, so several calls go through it side by side.
+// The mask of one step. Words are in the low half of 64-bit lanes, where the 32 x 32 -> 64 bit multiplication reads them; the
+// high half may hold anything. A round is one long chain of dependent instructions, so several vectors go through it at once.
 FASTSHAPE_AVX2_INLINE void random_blocks(const Mask& mask, const Draws& draws, int64_t byte, uint64_t* bits) {
   constexpr int kVectors = 2 * kStepBlocks;
   const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0), multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);

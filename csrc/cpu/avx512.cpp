@@ -1,7 +1,7 @@
-// AVX-512, in steps of whole blocks of 64 elements; what is left goes the plain path. A block's mask is one word, whose
-// pieces are the predicates that loads, comparisons and stores take as they are.
+// AVX-512 kernels, in steps of whole blocks of 64 elements. The plain path does the rest. The mask of a block is one word, and
+// parts of it serve directly as predicates of loads, comparisons and stores.
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's own headers start from vectors that are undefined on purpose.
+// GCC 12's own headers use vectors that are undefined on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include "driver.h"
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kStepBlocks = 4;  // blocks of 64 elements a step
 
-// ---- lanes: `keep` is the predicate of the lanes to work on, and every result has zeros elsewhere ----
+// ---- lanes: `keep` is the predicate of the active lanes; every result is zero in the others ----
 
 template <class Number, int kWidth = sizeof(typename Number::Bits)>
 struct Lanes512;
@@ -88,9 +88,9 @@ struct Lanes512<Number, 8> {
 
 // ---- masks ----
 
-// A random mask as vectors: what every block of it needs.
+// The keys and the threshold of a random mask, as vectors.
 struct Draws {
-  __m512i key0[kPhiloxRounds], key1[kPhiloxRounds];  // round keys, one copy a lane
+  __m512i key0[kPhiloxRounds], key1[kPhiloxRounds];  // round keys, one copy per lane
   __m512i threshold;
 };
 
@@ -107,9 +107,9 @@ FASTSHAPE_AVX512_INLINE Draws draws_of(const Mask& mask) {
   return draws;
 }
 
-// The mask of one step, a block from the eight calls of each vector. Words live in the low half of 64-bit lanes: that is
-// where the 32 x 32 -> 64 bit multiplication reads them, and where xor may leave rubbish above without harm. A round is one
-// long chain of dependent steps, so several vectors go through it side by side.
+// The mask of one step; the eight calls of each vector make one block. Words are in the low half of 64-bit lanes, where the
+// 32 x 32 -> 64 bit multiplication reads them; the high half may hold anything. A round is one long chain of dependent
+// instructions, so several vectors go through it at once.
 FASTSHAPE_AVX512_INLINE void random_blocks(const Mask& mask, const Draws& draws, int64_t byte, uint64_t* bits) {
   constexpr int kXor3 = 0x96;
   const __m512i multiplier0 = _mm512_set1_epi64(kPhiloxMultiplier0), multiplier1 = _mm512_set1_epi64(kPhiloxMultiplier1);
@@ -135,7 +135,7 @@ FASTSHAPE_AVX512_INLINE void random_blocks(const Mask& mask, const Draws& draws,
     }
   }
   for (int v = 0; v < kStepBlocks; ++v) {
-    // Elements 0 to 3 of each call in `first`, 4 to 7 in `second`: a half of each mask byte, to be put side by side.
+    // `first` has elements 0 to 3 of each call, `second` 4 to 7: the two halves of each mask byte, which pdep interleaves.
     const __m512i first = _mm512_mask_blend_epi32(0xAAAA, c0[v], _mm512_slli_epi64(c1[v], 32));
     const __m512i second = _mm512_mask_blend_epi32(0xAAAA, c2[v], _mm512_slli_epi64(c3[v], 32));
     const uint64_t low = _mm512_cmpge_epu16_mask(first, draws.threshold), high = _mm512_cmpge_epu16_mask(second, draws.threshold);

@@ -1,5 +1,6 @@
-// CPU kernels of shape + BatchNorm + ReLU behind the bits of the binary map, on raw pointers. What writes a map works on a
-// range of its mask bytes, what sums on a range of `units`: both give the same answer however the ranges are cut.
+// CPU kernels of shape + BatchNorm + ReLU, on raw pointers. They start from the bits of the binary map. Kernels that write a
+// map work on a range of its mask bytes, and kernels that sum work on a range of `units`. The result does not depend on how
+// the ranges are divided.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +12,12 @@
 
 namespace fastshape::cpu {
 
-// A map's bits, to be read from any element on.
+// Reads the bits of a map from any element on.
 struct BitReader {
   const uint8_t* bits;
   int64_t bytes;
 
-  // At least 57 bits, that of `element` lowest; behind the last byte come zeros.
+  // At least 57 bits; the lowest is the bit of `element`. Bits after the last byte are zero.
   FASTSHAPE_INLINE uint64_t from(int64_t element) const {
     const int64_t byte = element / 8;
     uint64_t word = 0;
@@ -28,8 +29,9 @@ struct BitReader {
   }
 };
 
-// Calls body(first, last, channel) for stretches of the elements [first, last): one channel each where the map is made of
-// planes, following channels from `channel` on where it is channels_last.
+// Divides the elements [first, last) into stretches and calls body(first, last, channel) for each. In a contiguous map a
+// stretch is a part of one plane and has one channel. In a channels_last map it is a part of one pixel: its elements belong to
+// the channels `channel`, `channel` + 1 and so on.
 template <class F>
 FASTSHAPE_INLINE void over_stretches(const Channels& channels, int64_t first, int64_t last, const F& body) {
   const int64_t inner = channels.inner, count = channels.count;
@@ -44,9 +46,9 @@ FASTSHAPE_INLINE void over_stretches(const Channels& channels, int64_t first, in
   }
 }
 
-// ---- sums: what is added up in one go, and in which order, depends on the map's shape alone ----
+// ---- sums: which elements are added, and in which order, depends on the map's shape alone ----
 
-// A unit of a channels_last map is this many rows of `count` channels, of a map of planes it is a channel.
+// A unit of a channels_last map is rows_a_unit() rows of `count` channels. A unit of a contiguous map is a channel.
 inline int64_t rows_a_unit(const Channels& channels) {
   constexpr int64_t kElements = 32768, kRows = 64;
   return std::max(kElements / channels.count / kRows, int64_t{1}) * kRows;
@@ -56,7 +58,7 @@ inline int64_t sum_units(int64_t n, const Channels& channels) {
   const int64_t rows = n / channels.count, each = rows_a_unit(channels);
   return (rows + each - 1) / each;
 }
-// Pairs of sums a channel: one a unit of rows; a channel of planes is added up at once.
+// The number of partial sum pairs per channel: one for each unit of rows. A channel of a contiguous map has one.
 inline int64_t sum_partials(int64_t n, const Channels& channels) {
   return channels.inner != 1 ? 1 : std::max(sum_units(n, channels), int64_t{1});
 }
@@ -80,14 +82,14 @@ struct BatchNormKernels {
 
 const BatchNormKernels& plain_batch_norm_kernels();
 const BatchNormKernels* avx2_batch_norm_kernels();
-const BatchNormKernels& batch_norm_kernels();  // in use
+const BatchNormKernels& batch_norm_kernels();  // the kernels in use
 
-// Mask bits of a stretch of a map, read where they are or drawn into a buffer.
+// The mask bits of a stretch of a map: given bits are read in place, random bits are drawn into a buffer.
 class MaskStrip {
  public:
   static constexpr int64_t kBytes = 4096;
 
-  // `range`: at most kBytes.
+  // `range` has at most kBytes.
   BitReader read(const Mask& mask, int64_t n, Range range) {
     const int64_t bytes = range.last - range.first;
     if (mask.source == MaskSource::kBits) return {mask.bits + range.first, bytes};

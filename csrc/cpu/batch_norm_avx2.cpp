@@ -1,4 +1,4 @@
-// AVX2. A step is 32 elements, the bits of one read; within a stretch of one channel it may begin at any bit.
+// AVX2 kernels. A step is 32 elements, whose bits come from one read. It may begin at any bit of a byte.
 #include "batch_norm.h"
 #include "lanes.h"
 
@@ -20,7 +20,7 @@ FASTSHAPE_AVX2 int64_t ones_between(const BitReader& reader, int64_t first, int6
   return ones + (first < last ? __builtin_popcountll(lowest(reader.from(first), last - first)) : 0);
 }
 
-// Ones of each of 32 channels, a byte a channel, which 255 rows cannot overflow.
+// Counts the ones of 32 channels, one byte per channel. 255 rows cannot overflow a byte.
 FASTSHAPE_AVX2 void count_rows(const BitReader& reader, int64_t n, int64_t count, int64_t channel, int64_t* counts) {
   const __m256i own_byte = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
   const __m256i own_bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
@@ -42,7 +42,7 @@ void count(const uint8_t* ones, int64_t n, const Channels& channels, int64_t* co
   const BitReader reader{ones, bytes_for(n)};
   std::fill(counts + range.first, counts + range.last, 0);
   if (channels.inner == 1) {
-    // Steps may begin anywhere, but each must be one thread's: a range that begins or ends inside one is not given.
+    // A step writes the counts of 32 channels, so that a range must begin and end between steps; the glue sees to that.
     for (int64_t c = range.first; c < range.last; c += kStep) count_rows(reader, n, channels.count, c, counts);
     return;
   }
@@ -136,7 +136,7 @@ struct Eight<BFloat16> {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
-  // To nearest, ties to even: half of a step less one, and one more where the kept part is odd.
+  // Rounds to nearest, ties to even: adds half of a step less one, and one more where the upper half is odd.
   FASTSHAPE_AVX2_INLINE static void store(int16_t* y, __m256 v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -152,7 +152,7 @@ FASTSHAPE_AVX2_INLINE __m256 keep(uint64_t bits) { return _mm256_castsi256_ps(La
 
 // ---- sums ----
 
-// Eight lanes of sums over zeros and over ones: floats, which take at most 64 elements a lane before they go to doubles.
+// Sums over zeros and over ones in eight lanes of floats. A lane takes at most 64 elements before it is added to a double.
 struct SumPair {
   __m256 zeros, ones;
 
@@ -201,7 +201,7 @@ FASTSHAPE_AVX2 void sum_plane(const typename Number::Bits* grad, const BitReader
   for (; i < last; ++i) *(ones.from(i) & 1 ? sum1 : sum0) += Value<Number>::load(grad[i]);
 }
 
-// kVectors times eight channels of rows [row, end), at most 64 of them.
+// Sums of kVectors * 8 channels over the rows [row, end), which are at most 64.
 template <class Number, int kVectors>
 FASTSHAPE_AVX2_INLINE void sum_columns(const typename Number::Bits* grad, const BitReader& ones, int64_t row, int64_t end, int64_t count,
                                        int64_t channel, double* zeros_sum, double* ones_sum) {
@@ -258,7 +258,7 @@ void sums(const Sums& call, Range range) {
     double *zeros_sum = call.partials, *ones_sum = call.partials + count;
     std::fill(zeros_sum + range.first, zeros_sum + range.last, 0.0);
     std::fill(ones_sum + range.first, ones_sum + range.last, 0.0);
-    // Images outside, channels inside: the channels of a range lie side by side.
+    // Images in the outer loop, channels in the inner one: the channels of a range are adjacent in memory.
     for (int64_t image = 0; image < call.n; image += count * inner)
       for (int64_t c = range.first; c < range.last; ++c)
         sum_plane<Number>(grad, ones, image + c * inner, image + (c + 1) * inner, zeros_sum + c, ones_sum + c);
@@ -273,7 +273,7 @@ struct GradInput {
   const Bits* grad;
   Bits* dx;
   BitReader ones, mask;
-  int64_t mask_first;  // element of the mask's first bit
+  int64_t mask_first;  // the element that the mask's first bit belongs to
   const float* coefficients;
   int64_t count;
 
@@ -281,7 +281,7 @@ struct GradInput {
     return kPlanes ? _mm256_set1_ps(*from) : _mm256_loadu_ps(from + k);
   }
 
-  // Eight elements, the first of the channel that `c` points to.
+  // Eight elements from i + k on; `c` points to the coefficients of the first element's channel.
   FASTSHAPE_AVX2_INLINE void eight(int64_t i, int k, uint64_t one_bits, uint64_t mask_bits, const float* c) const {
     const __m256 one = keep(one_bits >> k);
     const __m256 scale = _mm256_blendv_ps(coefficient(c, k), coefficient(c + count, k), one);

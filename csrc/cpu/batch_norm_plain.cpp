@@ -1,4 +1,4 @@
-// The path every processor can take, and the one of float64's sums and gradients.
+// The kernels that every processor can run. They also serve the sums and gradients of float64 everywhere.
 #include "batch_norm.h"
 
 namespace fastshape::cpu {
@@ -43,7 +43,7 @@ void look_up(const LookUpArguments& call, Range range) {
   });
 }
 
-// Adds the stretch's elements to sum[0] and sum[1] of each channel: float sums of at most 64 elements, then double.
+// Adds the elements of a plane to *sum0 and *sum1: float sums of at most 64 elements, which are added up in double.
 template <class Number>
 void sum_plane(const typename Number::Bits* grad, const uint8_t* ones, int64_t first, int64_t last, double* sum0, double* sum1) {
   using Accumulator = typename Value<Number>::Accumulator;

@@ -1,4 +1,4 @@
-// How a SIMD path serves a call: whole steps itself, what is left by the plain path.
+// How a SIMD path serves a call: it does the whole steps, and the plain path does the rest.
 #pragma once
 
 #include "dispatch.h"
@@ -6,8 +6,8 @@
 
 namespace fastshape::cpu {
 
-// Asks for the memory of a step that is 2 KiB ahead of the one at `x`. Drawing a mask keeps a core from its loads for longer
-// than the hardware looks ahead. It may lie behind the tensor's end: a hint reads nothing.
+// Prefetches the memory of a step that is 2 KiB ahead of the one at `x`. Drawing a mask delays the loads for longer than the
+// hardware prefetcher looks ahead. The address may be after the tensor's end, because a prefetch reads nothing.
 template <int64_t kElements, class Bits>
 FASTSHAPE_INLINE void look_ahead(const Bits* x) {
   constexpr uintptr_t kAhead = 2048, kLine = 64;
@@ -15,8 +15,8 @@ FASTSHAPE_INLINE void look_ahead(const Bits* x) {
   for (uintptr_t at = 0; at < kElements * sizeof(Bits); at += kLine) __builtin_prefetch(reinterpret_cast<const void*>(first + at));
 }
 
-// `Path` has kStepBytes, the mask bytes of a step, and the kernels of ranges that whole steps fill; those of `pack` are
-// filled by blocks of 64 elements.
+// `Path` has kStepBytes, the mask bytes of a step, and kernels for ranges of whole steps. The ranges of `pack` are whole blocks
+// of 64 elements.
 template <class Path>
 struct Driver {
   static int64_t end_of_steps(int64_t n, Range range, int64_t step_bytes) {
@@ -24,7 +24,7 @@ struct Driver {
     return full_bytes <= range.first ? range.first : range.first + (full_bytes - range.first) / step_bytes * step_bytes;
   }
 
-  // 65536 does not fit a 16-bit comparison. It keeps nothing, and nobody asks for it: the plain path serves.
+  // The threshold 65536 keeps nothing and does not fit a 16-bit comparison. It is rare, so the plain path serves it.
   static bool takes_plain_path(const Mask& mask) { return mask.source == MaskSource::kRandom && mask.threshold > 0xFFFF; }
 
   static void shape(const ShapeArguments& call, const Mask& mask, Range range) {

@@ -13,7 +13,7 @@
 namespace fastshape::cpu {
 namespace {
 
-// 32768 elements: torch's own grain for elementwise work.
+// 32768 elements, the grain size of torch's own elementwise ops.
 constexpr int64_t kGrainBytes = 4096;
 
 template <class F>
@@ -30,8 +30,8 @@ struct Backend {
 
   static bool owns(const Tensor& t) { return t.is_cpu(); }
 
-  // A large tensor is memory the system has just mapped, and its first touch costs more than shaping does; in 2 MiB pages
-  // that is a third. A hint: where the system knows none, nothing happens.
+  // The memory of a large tensor is freshly mapped, and touching it for the first time costs more than shaping does. Pages of
+  // 2 MiB reduce that to a third. This is only a hint: a system without such pages ignores it.
   static Tensor new_output(const Tensor& x) {
     Tensor y = torch::stable::empty_like(x);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -73,7 +73,7 @@ struct Backend {
   }
 
   void count(const uint8_t* ones, int64_t n, const Channels& channels, int64_t* counts) const {
-    constexpr int64_t kGroup = 32;  // of channels, never cut
+    constexpr int64_t kGroup = 32;  // channels that stay on one thread
     torch::stable::parallel_for(0, (channels.count + kGroup - 1) / kGroup, 1, [&](int64_t first, int64_t last) {
       b.count(ones, n, channels, counts, {kGroup * first, std::min(kGroup * last, channels.count)});
     });

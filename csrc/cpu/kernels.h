@@ -1,5 +1,5 @@
-// CPU kernels on raw pointers. Every function works on a range of mask bytes of a tensor of n elements: whoever owns a
-// byte owns its eight elements, so ranges can go to any number of threads without a race.
+// CPU kernels on raw pointers. Every function works on a range of mask bytes of a tensor of n elements. The owner of a byte
+// also owns its eight elements, so that any number of threads can share the ranges without a race.
 #pragma once
 
 #include <cstdint>
@@ -24,19 +24,19 @@ struct Kernels {
   void (*ones)(const OnesArguments&, const Mask&, Range);                              // bits of B(x) * M
   void (*pack)(Dtype, const void* x, uint8_t* bits, int64_t n, Range);                 // bits of x > 0
   void (*pack_random)(const Mask&, uint8_t* bits, int64_t n, Range);                   // bits of a random mask
-  void (*unpack)(const uint8_t* bits, uint8_t* out, int64_t n, Range);                 // 0 or 1, a byte each
+  void (*unpack)(const uint8_t* bits, uint8_t* out, int64_t n, Range);                 // 0 or 1, one byte per element
 };
 
 const Kernels& plain_kernels();
-// Null where the processor, or the compiler, has not these instructions.
+// Null where the processor or the compiler lacks these instructions.
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 
-// The kernels in use: the best this processor has.
+// The kernels in use: the fastest that this processor can run, unless limit_simd() lowers that.
 const Kernels& kernels();
 
-// For tests, which hold every path to the same answer: nothing above `simd` ("plain", "avx2", "avx512") from now on. Returns
-// the path now in use, null for an unknown name.
+// For tests: from now on, uses no instruction set above `simd` ("plain", "avx2", "avx512"). Returns the one now in use, or null
+// for an unknown name.
 const char* limit_simd(const std::string& simd);
 
 }  // namespace fastshape::cpu

@@ -1,5 +1,5 @@
-// What one vector of AVX2 can do with the patterns of a dtype. Each function names its target, so that nothing else in a
-// file that includes this can be compiled to instructions an older processor lacks.
+// Operations of one AVX2 vector on the bit patterns of a dtype. Each function names its target instruction set. So the other
+// code of a file that includes this header is not compiled to instructions that an older processor lacks.
 #pragma once
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
@@ -24,7 +24,7 @@ inline bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
 }
 
-// A lane mask is all ones or all zeros. `keep`: lanes whose bit is set. `bits`: the reverse.
+// A lane mask has all ones or all zeros in each lane. `keep` turns bits into a lane mask, and `bits` turns it back.
 template <class Number, int kWidth = sizeof(typename Number::Bits)>
 struct Lanes;
 

@@ -1,4 +1,4 @@
-// The path every processor can take, and the one that finishes what does not fill a vector.
+// The kernels that every processor can run. They also serve the elements that do not fill a vector.
 #include "dispatch.h"
 
 namespace fastshape::cpu {

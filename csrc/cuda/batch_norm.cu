@@ -1,7 +1,7 @@
-// Where the bytes go, per element of s bytes: `ones` (kernels.cu) reads s and writes 1/8, `look_up` reads 1/8 and writes
-// s; `sums` reads s and 1/8, `grad_input` reads s and 1/8 and writes s. The bits of a map (3 MB at 25 million elements)
-// stay in the L2 cache from one kernel to the next, so that `count` costs no memory traffic, and what the channels have
-// costs none either. Everything here is laid out for the maps to be read and written 16 bytes at a time.
+// Memory traffic in bytes per element, for elements of s bytes: `ones` (kernels.cu) reads s and writes 1/8, `look_up` reads 1/8
+// and writes s, `sums` reads s and 1/8, `grad_input` reads s and 1/8 and writes s. The bits of a map (3 MB for 25 million
+// elements) stay in the L2 cache from one kernel to the next, so `count` causes no memory traffic. Neither do the tables of the
+// channels. All kernels are designed to read and write maps 16 bytes at a time.
 #include "batch_norm.cuh"
 
 #include <algorithm>
@@ -13,15 +13,15 @@
 namespace fastshape::cuda {
 namespace {
 
-// ---- what is the same on both sides ----
+// ---- shared by forward and backward ----
 
 int64_t rounded_up(int64_t a, int64_t b) { return divided_up(a, b) * b; }
 
-// A map of planes, cut in chunks of which a plane has one or more: a chunk is what a group of lanes works on.
+// A contiguous map, divided into chunks. A plane has one or more chunks, and a group of lanes works on one chunk at a time.
 struct PlaneChunks {
   int64_t inner, planes;
-  int64_t elements;          // of a chunk; the last of a plane may have fewer
-  Divisor chunks, channels;  // chunks: of a plane
+  int64_t elements;          // per chunk; the last chunk of a plane may have fewer
+  Divisor chunks, channels;  // chunks per plane, channels of the map
 
   PlaneChunks(int64_t n, Channels c, int64_t most)
       : inner(c.inner),
@@ -33,8 +33,8 @@ struct PlaneChunks {
   FASTSHAPE_FUNCTION int64_t units() const { return planes * chunks(); }
 };
 
-// Calls f(number among the chunks of its channel, channel, first element, length) for each chunk. All lanes of a warp come
-// equally often, some with a chunk that does not exist: element 0, length 0.
+// Calls f(index of the chunk in its channel, channel, first element, length) for each chunk. All lanes of a warp make the same
+// number of calls. A lane without a chunk of its own gets element 0 and length 0.
 template <int kGroup, class F>
 __device__ __forceinline__ void over_chunks(const PlaneChunks& c, const F& f) {
   constexpr int kGroups = kLanes / kGroup;
@@ -48,7 +48,7 @@ __device__ __forceinline__ void over_chunks(const PlaneChunks& c, const F& f) {
   }
 }
 
-// A group of 8 lanes is enough for a small plane: 128 bytes an access, four planes a warp.
+// A group of 8 lanes is enough for a small plane: 128 bytes per access, four planes per warp.
 constexpr int64_t kSmallPlane = 1024;
 
 template <class F>
@@ -66,34 +66,34 @@ __device__ __forceinline__ T sum_of_group(T value) {
 
 // ---- count ----
 
-constexpr int64_t kCountedBits = 8192;  // a chunk
+constexpr int64_t kCountChunk = 8192;  // bits per chunk
 
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     count_planes_kernel(const uint8_t* ones, const PlaneChunks chunks, unsigned long long* counts) {
   over_chunks<kGroup>(chunks, [&](int64_t, int64_t channel, int64_t first, int length) {
     const uint8_t* from = ones + static_cast<uint64_t>(first) / 8;
-    const int lead = static_cast<int>(static_cast<uint64_t>(first) % 8), end = lead + length;  // bits behind *from
-    uint32_t found = 0;
+    const int lead = static_cast<int>(static_cast<uint64_t>(first) % 8), end = lead + length;  // bits from *from on
+    uint32_t total = 0;
 #pragma unroll 4
     for (int byte = lane_index() % kGroup; 8 * byte < end; byte += kGroup) {
       uint32_t bits = from[byte];
       if (byte == 0) bits &= 0xFFu << lead;
       if (end - 8 * byte < 8) bits &= (1u << (end - 8 * byte)) - 1u;
-      found += __popc(bits);
+      total += __popc(bits);
     }
-    found = sum_of_group<kGroup>(found);
-    if (lane_index() % kGroup == 0) atomicAdd(counts + channel, found);
+    total = sum_of_group<kGroup>(total);
+    if (lane_index() % kGroup == 0) atomicAdd(counts + channel, total);
   });
 }
 
-// Channels_last, met as rows of `width` bits: a pixel, or as many whole pixels as fit into 32 bits. So a place in the row
-// has one channel, and a warp owns 32 places over many rows.
-struct CountedRows {
-  static constexpr int64_t kRows = 512;  // a warp
+// A channels_last map as rows of `width` bits: one pixel, or as many whole pixels as fit into 32 bits. So each position in a
+// row belongs to one channel, and a warp counts 32 positions over many rows.
+struct CountRows {
+  static constexpr int64_t kRows = 512;  // per warp
   int64_t width, rows, groups;
 
-  CountedRows(int64_t n, int64_t channels) {
+  CountRows(int64_t n, int64_t channels) {
     width = channels < kLanes ? kLanes / channels * channels : channels;
     rows = divided_up(n, width);
     groups = divided_up(width, kLanes);
@@ -101,7 +101,7 @@ struct CountedRows {
   FASTSHAPE_FUNCTION int64_t units() const { return groups * ((rows + kRows - 1) / kRows); }
 };
 
-// The bits from number `first` on; 0 behind the end.
+// The 32 bits from number `first` on. Bits after the end of the map are 0.
 __device__ __forceinline__ uint32_t bits_from(const uint8_t* ones, uint64_t first, uint64_t bytes) {
   const int shift = static_cast<int>(first % 8);
   uint64_t bits = 0;
@@ -111,11 +111,11 @@ __device__ __forceinline__ uint32_t bits_from(const uint8_t* ones, uint64_t firs
   return static_cast<uint32_t>(bits >> shift);
 }
 
-// 32 words of 32 bits, a lane each: bit i of lane k becomes bit k of lane i.
-__device__ __forceinline__ uint32_t transposed(uint32_t word, unsigned lane) {
+// Transposes 32 words of 32 bits, one word per lane: bit i of lane k becomes bit k of lane i.
+__device__ __forceinline__ uint32_t transpose(uint32_t word, unsigned lane) {
 #pragma unroll
   for (unsigned size = kLanes / 2; size > 0; size /= 2) {
-    const uint32_t low = kAllLanes / ((1u << size) + 1u);  // places whose number has no `size` in it
+    const uint32_t low = kAllLanes / ((1u << size) + 1u);  // the positions whose number has no bit `size`
     const uint32_t other = __shfl_xor_sync(kAllLanes, word, size);
     word = lane & size ? (word & ~low) | (other >> size & low) : (word & low) | (other & low) << size;
   }
@@ -123,22 +123,22 @@ __device__ __forceinline__ uint32_t transposed(uint32_t word, unsigned lane) {
 }
 
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    count_rows_kernel(const uint8_t* ones, int64_t n, const CountedRows rows, int64_t channels, bool words,
+    count_rows_kernel(const uint8_t* ones, int64_t n, const CountRows rows, int64_t channels, bool words,
                       unsigned long long* counts) {
   const unsigned lane = lane_index();
   for (int64_t unit = warp_index(); unit < rows.units(); unit += warp_count()) {
-    const int64_t start = unit / rows.groups * rows.kRows, place = unit % rows.groups * kLanes;
+    const int64_t start = unit / rows.groups * rows.kRows, position = unit % rows.groups * kLanes;
     const int64_t stop = min(start + rows.kRows, rows.rows);
-    uint32_t found = 0;
+    uint32_t total = 0;
 #pragma unroll 4
     for (int64_t row = start; row < stop; row += kLanes) {
-      const uint64_t first = (row + lane) * rows.width + place;
+      const uint64_t first = (row + lane) * rows.width + position;
       uint32_t word = 0;
       if (row + lane < stop)
         word = words ? reinterpret_cast<const uint32_t*>(ones)[first / 32] : bits_from(ones, first, bytes_for(n));
-      found += __popc(transposed(word, lane));
+      total += __popc(transpose(word, lane));
     }
-    if (place + lane < rows.width) atomicAdd(counts + (place + lane) % channels, found);
+    if (position + lane < rows.width) atomicAdd(counts + (position + lane) % channels, total);
   }
 }
 
@@ -153,11 +153,11 @@ __global__ void __launch_bounds__(kLanes)
                               static_cast<typename Number::Bits*>(table));
 }
 
-// An op that looks up what the channels have.
+// An op that looks up a value of each element's channel.
 template <class Bits, MaskSource kSource>
 struct ChannelOp : Op<Bits, kSource> {
   using Place = cuda::Place;
-  static constexpr int kPlainLoads = 2;  // many more instructions an element than elsewhere, for what is seldom met
+  static constexpr int kPlainLoads = 2;  // few, because this path is rare and needs many instructions per element
   static constexpr bool kOnes = true;
 
   ChannelMap map;
@@ -180,10 +180,10 @@ struct LookUpOp : ChannelOp<BitsOfOne, MaskSource::kNone> {
 
   template <int kCount>
   __device__ uint32_t apply(Bits* element, const Place& place, uint32_t bits) const {
-    Bits chosen[kCount];
-    Chooser<kPattern, kCount>(this->map, place, bits >> 8).choose(table, chosen);
+    Bits value[kCount];
+    Chooser<kPattern, kCount>(this->map, place, bits >> 8).choose(table, value);
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) element[k] = chosen[k];
+    for (int k = 0; k < kCount; ++k) element[k] = value[k];
     return 0;
   }
 };
@@ -197,26 +197,26 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ---- sums ----
 
-// A vector where it cannot be had as one: behind a pointer that is not aligned, or with no more than `left` elements to the
-// end of the map, and zeros after them.
+// Loads a vector element by element, because the pointer is not aligned or the map ends after `left` elements. Elements after
+// the end are zero.
 template <class Bits>
 __device__ __forceinline__ void load_elements(const Bits* x, int64_t left, Bits (&element)[kVectorWidth<Bits>]) {
 #pragma unroll
   for (int k = 0; k < kVectorWidth<Bits>; ++k) element[k] = k < left ? x[k] : Bits{0};
 }
 
-// Where the bits of a vector are, which begins in a byte or at a whole part of one.
+// The byte with the bits of a vector, and the vector's bits in it. A vector never crosses a byte.
 __device__ __forceinline__ uint32_t byte_of(const uint8_t* ones, uint64_t first) { return ones[first / 8]; }
 template <int kWidth>
 __device__ __forceinline__ uint32_t bits_in(uint32_t byte, uint64_t first) {
   return kWidth == 8 ? byte : byte >> (first % 8);
 }
 
-constexpr int64_t kSummedElements = 4096;  // a chunk of a plane
+constexpr int64_t kSumChunk = 4096;  // elements per chunk of a plane
 
-// A group of lanes has the vectors that a chunk touches, dealt in turn: vectors are counted from the beginning of the map,
-// so that all are aligned, and those at the edges of the chunk are met by its neighbour too. Each lane adds kLoadsInFlight
-// vectors in the accumulator, and these sums in float64.
+// The lanes of a group take turns with the vectors that overlap a chunk. Vectors are counted from the beginning of the map, so
+// that all are aligned; a vector at the edge of a chunk is also read for the neighbouring chunk. Each lane adds up
+// kLoadsInFlight vectors in the accumulator, and adds the results in float64.
 template <class Number, int kGroup>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     sum_planes_kernel(const void* grad, const uint8_t* ones, int64_t n, const PlaneChunks chunks, bool aligned,
@@ -235,10 +235,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     if (length > 0) {
 #pragma unroll 1
       for (int first = lane_index() % kGroup; first <= last; first += kLoadsInFlight * kGroup) {
-        Accumulator few[2] = {0, 0};  // of zeros, of ones
+        Accumulator few[2] = {0, 0};  // sums over zeros and over ones
         const auto add = [&](int vector, const Bits* element, uint32_t byte) {
-          const int before = lead - vector * kWidth, behind = (vector + 1) * kWidth - lead - length;
-          const uint32_t valid = (kAll << max(before, 0)) & (kAll >> max(behind, 0));
+          const int before = lead - vector * kWidth, after = (vector + 1) * kWidth - lead - length;
+          const uint32_t valid = (kAll << max(before, 0)) & (kAll >> max(after, 0));
           const uint32_t bits = bits_in<kWidth>(byte, base + vector * kWidth), zeros = valid & ~bits, others = valid & bits;
 #pragma unroll
           for (int k = 0; k < kWidth; ++k) {
@@ -248,17 +248,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
           }
         };
         if (whole) {
-          V loaded[kLoadsInFlight];
+          V vectors[kLoadsInFlight];
           uint32_t byte[kLoadsInFlight];
 #pragma unroll
           for (int i = 0; i < kLoadsInFlight; ++i) {
             const int vector = min(first + i * kGroup, last);
-            loaded[i] = reinterpret_cast<const V*>(x)[vector];
+            vectors[i] = reinterpret_cast<const V*>(x)[vector];
             byte[i] = byte_of(ones, base + vector * kWidth);
           }
 #pragma unroll
           for (int i = 0; i < kLoadsInFlight; ++i)
-            if (first + i * kGroup <= last) add(first + i * kGroup, Elements<Bits>(loaded[i]).element, byte[i]);
+            if (first + i * kGroup <= last) add(first + i * kGroup, Elements<Bits>(vectors[i]).element, byte[i]);
         } else {
 #pragma unroll 1
           for (int i = 0; i < kLoadsInFlight; ++i) {
@@ -281,46 +281,47 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   });
 }
 
-// Channels_last, met as rows of `width` elements: whole pixels that are whole vectors too, and as many as fit into a warp's
-// 64 elements. So a place in the row has one channel, and a vector's places are the same in every row. A part is some rows;
-// pixels that share a row are parts of their own.
-struct SummedRows {
-  static constexpr int kColumns = 8, kSubrows = kLanes / kColumns;  // of vectors: how a warp lies
+// A channels_last map as rows of `width` elements. A row is a whole number of pixels and of vectors, as many as fit into the 64
+// elements of a warp. So each position in a row belongs to one channel, and a vector has the same channels in every row. A part
+// is a number of rows. Each pixel of a row (`slots` in all) has its own partial sums.
+struct SumRows {
+  static constexpr int kColumns = 8, kSubrows = kLanes / kColumns;  // vectors: the shape of a warp
   static constexpr int64_t kStep = kLoadsInFlight * kSubrows;       // rows
-  static constexpr int64_t kFew = 64 * kSubrows;                    // rows that are added in the accumulator
-  // Enough warps for every multiprocessor to have many loads in flight, and not many more: each leaves sums behind.
-  static constexpr int64_t kWarpsWanted = 2048;
+  static constexpr int64_t kFew = 64 * kSubrows;                    // rows that are added up in the accumulator
+  // Enough warps for many loads in flight on every multiprocessor, but few, because each writes partial sums.
+  static constexpr int64_t kTargetWarps = 2048;
   int64_t width, rows, rows_per_part, parts, slots;
 
-  SummedRows(int64_t n, int64_t channels) {
+  SumRows(int64_t n, int64_t channels) {
     width = std::lcm(channels, int64_t{8});
     width *= std::max<int64_t>(1, 64 / width);
     slots = width / channels;
     rows = divided_up(n, width);
-    rows_per_part = std::max(2 * kStep, rounded_up(divided_up(rows * divided_up(width, 64), kWarpsWanted), kStep));
+    rows_per_part = std::max(2 * kStep, rounded_up(divided_up(rows * divided_up(width, 64), kTargetWarps), kStep));
     parts = divided_up(rows, rows_per_part);
   }
 };
 
-// A warp has 8 columns of vectors, each 128 bytes of 4 rows an access, and walks down the rows of its part. Each lane keeps
-// the sums of its vector's channels; after kFew rows the four lanes of a column add theirs up in float64, each for a quarter
-// of the channels' sums: so few fit into registers.
+// A warp has 8 columns of vectors, so that an access reads 128 bytes in each of 4 rows. It goes down the rows of its part, and
+// each lane keeps the sums of its vector's channels. After kFew rows the four lanes of a column add their sums up in float64.
+// Each of the four keeps a quarter of the results, because a lane has no registers for more.
 template <class Number>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    sum_rows_kernel(const void* grad, const uint8_t* ones, int64_t n, const SummedRows rows, int64_t channels, bool aligned,
+    sum_rows_kernel(const void* grad, const uint8_t* ones, int64_t n, const SumRows rows, int64_t channels, bool aligned,
                     double* sums) {
   using Bits = typename Number::Bits;
   using V = Vector<Bits>;
   using Accumulator = typename Value<Number>::Accumulator;
   constexpr int kWidth = kVectorWidth<Bits>, kOwned = kWidth / 2;
-  constexpr unsigned kOfZerosOrOnes = SummedRows::kColumns, kOfHalf = 2 * SummedRows::kColumns;  // what a lane's number says
+  // Bits of a lane's number: whether it keeps the sums over zeros or over ones, and for which half of the vector.
+  constexpr unsigned kOnesBit = SumRows::kColumns, kHalfBit = 2 * SumRows::kColumns;
   const unsigned lane = lane_index();
-  const int64_t groups = (rows.width / kWidth + SummedRows::kColumns - 1) / SummedRows::kColumns;
-  const int64_t whole_rows = aligned ? n / rows.width : 0, access = SummedRows::kSubrows * rows.width;
+  const int64_t groups = (rows.width / kWidth + SumRows::kColumns - 1) / SumRows::kColumns;
+  const int64_t whole_rows = aligned ? n / rows.width : 0, access = SumRows::kSubrows * rows.width;
   for (int64_t unit = warp_index(); unit < rows.parts * groups; unit += warp_count()) {
-    const int64_t part = unit / groups, column = unit % groups * SummedRows::kColumns + lane % SummedRows::kColumns;
+    const int64_t part = unit / groups, column = unit % groups * SumRows::kColumns + lane % SumRows::kColumns;
     const bool exists = column * kWidth < rows.width;
-    const int64_t place = exists ? column * kWidth : 0;  // a lane without a column may load, but does not tell
+    const int64_t place = exists ? column * kWidth : 0;  // a lane without a column loads but does not store
     const int64_t end = min((part + 1) * rows.rows_per_part, rows.rows);
     double owned[kOwned] = {};
 #pragma unroll 1
@@ -337,22 +338,22 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
           }
         }
       };
-      const int64_t stop = min(row + SummedRows::kFew, end);
+      const int64_t stop = min(row + SumRows::kFew, end);
 #pragma unroll 1
-      for (; row < stop; row += SummedRows::kStep) {
-        const uint64_t first = (row + lane / SummedRows::kColumns) * rows.width + place;
+      for (; row < stop; row += SumRows::kStep) {
+        const uint64_t first = (row + lane / SumRows::kColumns) * rows.width + place;
         const Bits* x = static_cast<const Bits*>(grad) + first;
-        if (row + SummedRows::kStep <= whole_rows) {
-          V loaded[kLoadsInFlight];
+        if (row + SumRows::kStep <= whole_rows) {
+          V vectors[kLoadsInFlight];
           uint32_t byte[kLoadsInFlight];
 #pragma unroll
           for (int i = 0; i < kLoadsInFlight; ++i) {
-            loaded[i] = *reinterpret_cast<const V*>(x + i * access);
+            vectors[i] = *reinterpret_cast<const V*>(x + i * access);
             byte[i] = byte_of(ones, first + i * access);
           }
 #pragma unroll
           for (int i = 0; i < kLoadsInFlight; ++i)
-            add(Elements<Bits>(loaded[i]).element, bits_in<kWidth>(byte[i], first + i * access));
+            add(Elements<Bits>(vectors[i]).element, bits_in<kWidth>(byte[i], first + i * access));
         } else {
 #pragma unroll 1
           for (int i = 0; i < kLoadsInFlight; ++i) {
@@ -367,29 +368,29 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       double half[kWidth];
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        const bool one = lane & kOfZerosOrOnes;
+        const bool one = lane & kOnesBit;
         const Accumulator mine = one ? few[1][k] : few[0][k], others = one ? few[0][k] : few[1][k];
-        half[k] = static_cast<double>(mine) + static_cast<double>(__shfl_xor_sync(kAllLanes, others, kOfZerosOrOnes));
+        half[k] = static_cast<double>(mine) + static_cast<double>(__shfl_xor_sync(kAllLanes, others, kOnesBit));
       }
 #pragma unroll
       for (int k = 0; k < kOwned; ++k) {
-        const bool second = lane & kOfHalf;
+        const bool second = lane & kHalfBit;
         const double mine = second ? half[kOwned + k] : half[k], others = second ? half[k] : half[kOwned + k];
-        owned[k] += mine + __shfl_xor_sync(kAllLanes, others, kOfHalf);
+        owned[k] += mine + __shfl_xor_sync(kAllLanes, others, kHalfBit);
       }
     }
 #pragma unroll
     for (int k = 0; k < kOwned; ++k) {
-      const int64_t at = place + (lane & kOfHalf ? kOwned + k : k), slot = at / channels, channel = at % channels;
-      if (exists) sums[((part * rows.slots + slot) * 2 + (lane & kOfZerosOrOnes ? 1 : 0)) * channels + channel] = owned[k];
+      const int64_t at = place + (lane & kHalfBit ? kOwned + k : k), slot = at / channels, channel = at % channels;
+      if (exists) sums[((part * rows.slots + slot) * 2 + (lane & kOnesBit ? 1 : 0)) * channels + channel] = owned[k];
     }
   }
 }
 
 // ---- differentiate ----
 
-// A warp a channel, and a block a warp, so that the multiprocessors share what there is to read: a lane adds every 32nd
-// part, and the lanes add theirs.
+// One warp per channel and one warp per block, so that the work is spread over the multiprocessors. Each lane adds up every 32nd
+// part; then the lanes add up their sums.
 template <class Number>
 __global__ void __launch_bounds__(kLanes)
     differentiate_kernel(const BatchNorm norm, const double* statistics, const double* sums, int64_t partials,
@@ -403,16 +404,16 @@ __global__ void __launch_bounds__(kLanes)
       for (int a = 0; a < 2; ++a) sum[a] += sums[(part * 2 + a) * channels + c];
     for (double& s : sum) s = sum_of_group<kLanes>(s);
     if (lane_index() != 0) continue;
-    double of_weight, of_bias;
-    const Coefficients<Accumulator> found =
-        differentiate_channel<Number>(norm, statistics, sum, elements, c, channels, &of_weight, &of_bias);
-    if (grad_weight) store_number(norm.parameter_dtype, grad_weight, c, of_weight);
-    if (grad_bias) store_number(norm.parameter_dtype, grad_bias, c, of_bias);
+    double weight, bias;  // their gradients
+    const Coefficients<Accumulator> result =
+        differentiate_channel<Number>(norm, statistics, sum, elements, c, channels, &weight, &bias);
+    if (grad_weight) store_number(norm.parameter_dtype, grad_weight, c, weight);
+    if (grad_bias) store_number(norm.parameter_dtype, grad_bias, c, bias);
     auto* to = static_cast<Accumulator*>(coefficients);
 #pragma unroll
     for (int a = 0; a < 2; ++a) {
-      to[a * channels + c] = found.scale[a];
-      to[(2 + a) * channels + c] = found.shift[a];
+      to[a * channels + c] = result.scale[a];
+      to[(2 + a) * channels + c] = result.shift[a];
     }
   }
 }
@@ -451,7 +452,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   over_map(ThisOp{{{grad, dx, ones, nullptr, nullptr}, map}, numbers}, mask, work);
 }
 
-// float64 does with the last pattern alone: moving eight bytes an element, it has the time for it.
+// float64 always uses the pattern kAny: it moves eight bytes per element, so that memory and not arithmetic is the limit.
 template <int kWidth, class F>
 void with_pattern(Channels channels, const void* rows, F&& f) {
   using std::integral_constant;
@@ -473,11 +474,11 @@ cudaError_t count(const uint8_t* ones, int64_t n, Channels channels, int64_t* co
   if (n == 0) return cudaSuccess;
   auto* to = reinterpret_cast<unsigned long long*>(counts);
   if (channels.inner == 1) {
-    const CountedRows rows(n, channels.count);
+    const CountRows rows(n, channels.count);
     const bool words = rows.width % 32 == 0 && n % 32 == 0 && is_aligned(ones, 4);
     return launch(count_rows_kernel, kThreads, rows.units(), kWarps, stream, ones, n, rows, channels.count, words, to);
   }
-  const PlaneChunks chunks(n, channels, kCountedBits);
+  const PlaneChunks chunks(n, channels, kCountChunk);
   cudaError_t error = cudaErrorInvalidValue;
   with_group(chunks, [&](auto group) {
     error = launch(count_planes_kernel<group.value>, kThreads, chunks.units(), kThreads / group.value, stream, ones, chunks,
@@ -501,7 +502,7 @@ cudaError_t look_up(const LookUpArguments& call, cudaStream_t stream) {
   if (call.n == 0) return cudaSuccess;
   if (call.channels.count > kMostChannels) return cudaErrorInvalidValue;
   cudaError_t error = cudaErrorInvalidValue;
-  const auto look_up = [&](auto bits) {  // patterns are moved, not read
+  const auto look_up = [&](auto bits) {  // one kernel per width: bit patterns are copied, not interpreted
     using Bits = decltype(bits);
     constexpr int kWidth = kVectorWidth<Bits>;
     with_pattern<kWidth>(call.channels, call.table, [&](auto pattern) {
@@ -517,10 +518,10 @@ cudaError_t look_up(const LookUpArguments& call, cudaStream_t stream) {
 int64_t partials(int64_t n, Channels channels) {
   if (n == 0) return 0;
   if (channels.inner == 1) {
-    const SummedRows rows(n, channels.count);
+    const SumRows rows(n, channels.count);
     return rows.parts * rows.slots;
   }
-  const PlaneChunks chunks(n, channels, kSummedElements);
+  const PlaneChunks chunks(n, channels, kSumChunk);
   return chunks.units() / channels.count;
 }
 
@@ -532,13 +533,13 @@ cudaError_t sums(Dtype dtype, const void* grad, const uint8_t* ones, int64_t n, 
   with_float(dtype, [&](auto number) {
     using Number = decltype(number);
     if (channels.inner == 1) {
-      const SummedRows rows(n, channels.count);
-      const int64_t groups = divided_up(rows.width, kVectorWidth<typename Number::Bits> * SummedRows::kColumns);
+      const SumRows rows(n, channels.count);
+      const int64_t groups = divided_up(rows.width, kVectorWidth<typename Number::Bits> * SumRows::kColumns);
       error = launch(sum_rows_kernel<Number>, kThreads, rows.parts * groups, kWarps, stream, grad, ones, n, rows,
                      channels.count, aligned, sums);
       return;
     }
-    const PlaneChunks chunks(n, channels, kSummedElements);
+    const PlaneChunks chunks(n, channels, kSumChunk);
     with_group(chunks, [&](auto group) {
       error = launch(sum_planes_kernel<Number, group.value>, kThreads, chunks.units(), kThreads / group.value, stream, grad,
                      ones, n, chunks, aligned, sums);

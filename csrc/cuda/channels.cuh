@@ -1,4 +1,4 @@
-// Which channel an element is of, and what a table of two numbers a channel has for it.
+// Finds an element's channel and looks up its value in a table of two numbers per channel.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@
 
 namespace fastshape::cuda {
 
-// Division of numbers below 2^63 by a number that is known when the kernel is launched: a product and a shift, a third of
-// the instructions of a division. (Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI
-// 1994: with 2^s the first power not below the divisor d, x / d is the integer part of x m / 2^(63 + s), m being the first
-// integer above 2^(63 + s) / d; m has 64 bits.)
+// Divides numbers below 2^63 by a number that is known when the kernel is launched. A product and a shift take a third of the
+// instructions of a division. (Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI 1994. Let
+// 2^s be the first power of two that is not below the divisor d, and m the first integer above 2^(63 + s) / d, which fits 64
+// bits. Then x / d is the integer part of x m / 2^(63 + s).)
 class Divisor {
  public:
   explicit Divisor(int64_t divisor) : divisor_(divisor) {
     while (shift_ < 63 && int64_t{1} << shift_ < divisor) ++shift_;
-    // d = 1 has 2^64 for m / 2; `divide` does without.
+    // d = 1 would need a shift by -1 in `divide`, which returns x itself instead.
     if (divisor > 1) multiplier_ = static_cast<uint64_t>((static_cast<unsigned __int128>(1) << (63 + shift_)) / divisor + 1);
   }
 
@@ -32,7 +32,7 @@ class Divisor {
   int shift_ = 0;
 };
 
-// So that the number of an entry in a table of two numbers a channel has 32 bits.
+// With more channels, an index into a table of two numbers per channel would not fit 32 bits.
 constexpr int64_t kMostChannels = 0x7FFFFFFF;
 
 // An element's channel, and its position in the plane.
@@ -41,10 +41,10 @@ struct Place {
   int64_t position;
 };
 
-// Where the elements are that a lane meets, access by access. Only the first of a step is found by dividing.
+// The places of the elements of one lane, access by access. Only the first access of a step needs a division.
 class ChannelMap {
  public:
-  // `width`: elements of a vector.
+  // `width`: elements per vector.
   ChannelMap(Channels channels, int width)
       : inner_(channels.inner), count_(channels.count), vector_(channels, kLanes * width), element_(channels, kLanes) {}
 
@@ -56,7 +56,7 @@ class ChannelMap {
     return {static_cast<uint32_t>(plane - count_.divide(plane) * count_()), element - plane * inner()};
   }
 
-  // To the next access: of single elements, or of vectors.
+  // Moves on to the next access, of single elements or of vectors.
   template <int kWidth>
   __device__ __forceinline__ void advance(Place& place) const {
     const Step& step = kWidth == 1 ? element_ : vector_;
@@ -82,27 +82,27 @@ class ChannelMap {
   Step vector_, element_;
 };
 
-// How channels lie in the elements that a lane meets at once.
+// The channels of the elements of one access of a lane.
 enum class Pattern {
-  kPlanes,  // all are of one
-  kRows,    // each is of the one after the last's, the first being of one whose number is a multiple of the vector's width
-  kAny,
+  kPlanes,  // all elements have the same channel
+  kRows,    // consecutive channels; the first is a multiple of the vector's width
+  kAny,     // any channels
 };
 
-// What tables of two numbers a channel, those for zeros and behind them those for ones, have for the kCount elements from
-// the one at `place` on. Bit k of `ones` says what element k is. The loads are of a few kilobytes that every warp wants:
-// they are met in the L1 cache.
+// Looks up kCount consecutive elements, the first at `place`, in tables of two numbers per channel: the numbers for zeros, then
+// the numbers for ones. Bit k of `ones` is the value of element k. A table has a few kilobytes and every warp reads it, so that
+// it stays in the L1 cache.
 template <Pattern kPattern, int kCount>
 struct Chooser {
   static constexpr bool kOneByOne = kPattern == Pattern::kAny || kCount == 1;
 
   uint32_t count, ones, channel;
-  uint32_t index[kOneByOne ? kCount : 1];  // into a table
+  uint32_t index[kOneByOne ? kCount : 1];  // in a table
 
   __device__ __forceinline__ Chooser(const ChannelMap& map, const Place& place, uint32_t ones)
       : count(map.count()), ones(ones), channel(place.channel) {
     if constexpr (kOneByOne) {
-      // Elements left in the plane, and those of the planes behind it, of which more than kCount do not matter.
+      // Elements left in this plane, and the size of the next planes. Both are capped, because at most kCount matter.
       int left = static_cast<int>(min(map.inner() - place.position, int64_t{kCount}));
       const int inner = static_cast<int>(min(map.inner(), int64_t{kCount}));
       uint32_t at = channel;
@@ -117,25 +117,25 @@ struct Chooser {
   }
 
   template <class T>
-  __device__ __forceinline__ void choose(const T* table, T (&chosen)[kCount]) const {
+  __device__ __forceinline__ void choose(const T* table, T (&value)[kCount]) const {
     if constexpr (kOneByOne) {
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) chosen[k] = __ldg(table + index[k]);
+      for (int k = 0; k < kCount; ++k) value[k] = __ldg(table + index[k]);
     } else if constexpr (kPattern == Pattern::kPlanes) {
       const T zero = __ldg(table + channel), one = __ldg(table + (channel + count));
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) chosen[k] = ones >> k & 1 ? one : zero;
+      for (int k = 0; k < kCount; ++k) value[k] = ones >> k & 1 ? one : zero;
     } else {
-      constexpr int kInOne = 16 / sizeof(T);
+      constexpr int kPerLoad = 16 / sizeof(T);
 #pragma unroll
-      for (int k = 0; k < kCount; k += kInOne) {
-        const uint4 zeros = __ldg(reinterpret_cast<const uint4*>(table + channel) + k / kInOne);
-        const uint4 others = __ldg(reinterpret_cast<const uint4*>(table + (channel + count)) + k / kInOne);
-        T zero[kInOne], one[kInOne];
+      for (int k = 0; k < kCount; k += kPerLoad) {
+        const uint4 zeros = __ldg(reinterpret_cast<const uint4*>(table + channel) + k / kPerLoad);
+        const uint4 others = __ldg(reinterpret_cast<const uint4*>(table + (channel + count)) + k / kPerLoad);
+        T zero[kPerLoad], one[kPerLoad];
         memcpy(zero, &zeros, 16);
         memcpy(one, &others, 16);
 #pragma unroll
-        for (int i = 0; i < kInOne; ++i) chosen[k + i] = ones >> (k + i) & 1 ? one[i] : zero[i];
+        for (int i = 0; i < kPerLoad; ++i) value[k + i] = ones >> (k + i) & 1 ? one[i] : zero[i];
       }
     }
   }

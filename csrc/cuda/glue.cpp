@@ -18,7 +18,7 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// What the launch said, as torch says it.
+// Raises the error of a launch as torch does.
 void check(cudaError_t error) { STD_CUDA_CHECK(error); }
 
 struct Backend {

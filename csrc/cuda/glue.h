@@ -2,7 +2,7 @@
 
 namespace fastshape::cuda {
 
-// Gives torch the CUDA kernels of the ops that fastshape/_ops.py declares. Once; later calls do nothing.
+// Registers the CUDA kernels of the ops in fastshape/_ops.py with torch. Calls after the first do nothing.
 void register_ops();
 
 }  // namespace fastshape::cuda

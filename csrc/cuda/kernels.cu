@@ -10,7 +10,7 @@ namespace {
 template <class Number, bool kBinarize, bool kWithinOne, MaskSource kSource>
 struct ShapeOp : Op<typename Number::Bits, kSource> {
   using Bits = typename Number::Bits;
-  static constexpr bool kGives = kWithinOne;
+  static constexpr bool kWritesBits = kWithinOne;
 
   template <int kCount>
   __device__ uint32_t apply(Bits* element, typename ShapeOp::Place, uint32_t keep) const {
@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ---- ones ----
 
-// is_positive and is_within_one of eight elements of 16 bits, two at a time, in half the instructions: what is asked for
-// shows in the highest bits of sums and differences that do not reach from one half of a word into the other.
+// is_positive and is_within_one of eight 16-bit elements, two at a time, in half the instructions. The answer is the highest bit
+// of each half after sums and differences that do not carry from one half of a word into the other.
 template <class Number>
 struct Halves {
   static constexpr uint32_t kBoth = 0x00010001u;
@@ -43,25 +43,25 @@ struct Halves {
   __device__ explicit Halves(const int16_t* element) { memcpy(word, element, sizeof word); }
 
   __device__ uint32_t positive() const {
-    uint32_t found[4];
+    uint32_t flags[4];
     for (int k = 0; k < 4; ++k) {
       const uint32_t magnitude = word[k] & ~kTopOfHalves;
       const uint32_t not_zero = magnitude + 0x7FFFu * kBoth, nan = magnitude + (0x7FFFu - Number::kInfinity) * kBoth;
-      found[k] = not_zero & ~nan & ~word[k];
+      flags[k] = not_zero & ~nan & ~word[k];
     }
-    return gather_halves(found);
+    return gather_halves(flags);
   }
   __device__ uint32_t within_one() const {
-    uint32_t found[4];
-    for (int k = 0; k < 4; ++k) found[k] = (kTopOfHalves | Number::kOne * kBoth) - (word[k] & ~kTopOfHalves);
-    return gather_halves(found);
+    uint32_t flags[4];
+    for (int k = 0; k < 4; ++k) flags[k] = (kTopOfHalves | Number::kOne * kBoth) - (word[k] & ~kTopOfHalves);
+    return gather_halves(flags);
   }
 };
 
 template <class Number, bool kWithinOne, MaskSource kSource>
 struct OnesOp : Op<typename Number::Bits, kSource> {
   using Bits = typename Number::Bits;
-  static constexpr bool kWrites = false, kGives = true, kGivesTwo = kWithinOne;
+  static constexpr bool kWrites = false, kWritesBits = true, kWritesMoreBits = kWithinOne;
 
   template <int kCount>
   __device__ uint32_t apply(const Bits* element, typename OnesOp::Place, uint32_t keep) const {
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   over_map(OnesOp<Number, kWithinOne, kSource>{{x, nullptr, nullptr, ones, within_one}}, mask, work);
 }
 
-// ---- bits alone ----
+// ---- bits only ----
 
 template <class F>
 __device__ void over_bytes(int64_t n, const F& f) {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) unpack_kernel(const uint
     const uint32_t packed = bits[byte];
     const int64_t left = n - 8 * byte;
     if (kAligned && left >= 8) {
-      // Four bits to four bytes: the product has a copy of the bits at places 0, 7, 14 and 21, which do not meet.
+      // Turns four bits into four bytes. The product has copies of the bits at positions 0, 7, 14 and 21, without overlap.
       const Vector<uint8_t> v{{(packed & 0xFu) * 0x00204081u & 0x01010101u, (packed >> 4) * 0x00204081u & 0x01010101u}};
       reinterpret_cast<Vector<uint8_t>*>(out)[byte] = v;
     } else {

@@ -1,4 +1,5 @@
-// CUDA kernels on raw device pointers and a stream. Nothing waits: each function launches and returns what the launch said.
+// CUDA kernels on raw device pointers and a stream. No function waits: each launches a kernel and returns the error of the
+// launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,6 +16,6 @@ cudaError_t shape(const ShapeArguments& call, cudaStream_t stream);             
 cudaError_t ones(const OnesArguments& call, cudaStream_t stream);                                 // bits of B(x) * M
 cudaError_t pack(Dtype dtype, const void* x, uint8_t* bits, int64_t n, cudaStream_t stream);      // bits of x > 0
 cudaError_t pack_random(const MaskRequest& mask, uint8_t* bits, int64_t n, cudaStream_t stream);  // bits of a random mask
-cudaError_t unpack(const uint8_t* bits, uint8_t* out, int64_t n, cudaStream_t stream);            // 0 or 1, a byte each
+cudaError_t unpack(const uint8_t* bits, uint8_t* out, int64_t n, cudaStream_t stream);            // 0 or 1, one byte per element
 
 }  // namespace fastshape::cuda

@@ -1,4 +1,4 @@
-// Who a thread is, and how a kernel is launched.
+// The numbers of lanes and warps, and how kernels are launched.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,10 +11,10 @@
 namespace fastshape::cuda {
 
 constexpr unsigned kThreads = 256;
-constexpr unsigned kWarps = kThreads / kLanes;  // a block
-// Four blocks of 64 registers a thread fill a multiprocessor, with 64 bytes asked for by each of 1024 threads.
+constexpr unsigned kWarps = kThreads / kLanes;  // per block
+// Four blocks with 64 registers per thread fill a multiprocessor. Each of the 1024 threads has 64 bytes of loads in flight.
 constexpr int kMinBlocks = 4;
-// 16-byte loads a thread has in flight before it uses the first.
+// The number of 16-byte loads that a thread issues before it uses the first.
 constexpr int kLoadsInFlight = 4;
 
 __device__ __forceinline__ unsigned lane_index() { return threadIdx.x % kLanes; }
@@ -27,8 +27,8 @@ inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_c
 
 inline int64_t divided_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-// Launches enough blocks for `units` of work, but no more than the device holds kWaves times over; with more work than
-// that, blocks go round again, all equally often.
+// Launches enough blocks for `units` of work, but at most kWaves times as many as the device can hold. With more work, blocks
+// loop, all equally often.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), unsigned threads, int64_t units, int64_t units_per_block,
                    cudaStream_t stream, Arguments... arguments) {

@@ -1,4 +1,4 @@
-// One pass over a map: every op that turns each element, and the bits that go with it, into an element or bits.
+// One pass over a map. It serves every op that turns an element and its bits into an element, into bits or into both.
 #pragma once
 
 #include "fastshape/mask.h"
@@ -7,21 +7,21 @@
 
 namespace fastshape::cuda {
 
-// The tiles of n elements: first those taken several at a time in full vectors (a step), then those taken one at a time,
-// element by element, with a look at the end of the tensor: the tail, or all where a pointer is not aligned.
+// The tiles of n elements. The first tiles are processed in steps: several at a time, in full vectors. The others are plain
+// tiles: one at a time, element by element, with bounds checks. Without alignment all tiles are plain.
 struct Work {
   int64_t n;
-  int64_t steps;        // of full vectors
-  int64_t first_plain;  // tile
+  int64_t steps;
+  int64_t first_plain;  // the first plain tile
   int64_t tiles;
 
   int64_t units() const { return steps + (tiles - first_plain); }
 };
 
-// A tile met element by element, perhaps cut short by the end of the tensor.
+// A tile that is processed element by element. The last one may be incomplete.
 struct PlainTile {
   using T = Tile<1>;
-  unsigned elements;  // it has
+  unsigned elements;  // in this tile
   unsigned lane;
 
   __device__ PlainTile(int64_t n, int64_t tile, unsigned lane) : lane(lane) {
@@ -32,27 +32,27 @@ struct PlainTile {
   __device__ bool has_owned_byte() const { return 8 * T::owned_byte(lane) < elements; }
 };
 
-// What a pass does. `Op` derives from it, hides what it has of its own, and says what becomes of the elements:
+// What a pass does with the elements. Each op derives from this struct, redefines the members that differ, and defines:
 //
 //   template <int kCount> uint32_t apply(Bits* element, Place place, uint32_t bits) const
-//     Does it to kCount elements that follow each other. Bit k of `bits` is the mask of element k, and bit 8 + k its bit of
-//     `ones`. Returns bits by the same rule: those below 8 go to `given`, those above to `given_too`.
+//     Processes kCount consecutive elements in place. Bit k of `bits` is the mask of element k, and bit 8 + k is its bit of
+//     `ones`. Returns the bits to write, in the same layout: bits 0 to 7 go to `bits_out`, bits 8 to 15 to `more_bits_out`.
 //
-// `Place` is what it wants to know of where the elements are: place(element) finds it, and advance<kWidth>(place) goes on
-// to what the lane meets in the next access, kLanes * kWidth elements further.
+// `Place` is what the op needs to know about the position of the elements: place(element) computes it, and
+// advance<kWidth>(place) moves it to the lane's next access, kLanes * kWidth elements further.
 template <class BitsOfOne, MaskSource kMaskSource>
 struct Op {
   using Bits = BitsOfOne;
   static constexpr MaskSource kSource = kMaskSource;
-  static constexpr int kLoads = kLoadsInFlight, kPlainLoads = 8;  // of vectors, and of elements, before the first is used
-  static constexpr bool kReads = true, kWrites = true;      // x, y
-  static constexpr bool kOnes = false;                      // reads them
-  static constexpr bool kGives = false, kGivesTwo = false;  // bits
+  static constexpr int kLoads = kLoadsInFlight, kPlainLoads = 8;  // vectors and elements that are loaded before the first is used
+  static constexpr bool kReads = true, kWrites = true;                // reads x, writes y
+  static constexpr bool kOnes = false;                                // reads `ones`
+  static constexpr bool kWritesBits = false, kWritesMoreBits = false;  // writes bits_out, more_bits_out
 
   const void* x;
   void* y;
   const uint8_t* ones;
-  uint8_t *given, *given_too;
+  uint8_t *bits_out, *more_bits_out;
 
   struct Place {};
   __device__ Place place(int64_t) const { return {}; }
@@ -72,19 +72,19 @@ struct Pass {
   int64_t n;
   unsigned lane;
 
-  // The bits of a byte's elements that stand in memory.
-  __device__ uint32_t stored(int64_t byte) const {
+  // The bits of eight elements that are read from memory.
+  __device__ uint32_t load_bits(int64_t byte) const {
     uint32_t bits = Op::kSource == MaskSource::kBits ? mask.bits[byte] : 0u;
     if (Op::kOnes) bits |= static_cast<uint32_t>(op.ones[byte]) << 8;
     return bits;
   }
 
-  __device__ void give(int64_t byte, uint32_t bits) const {
-    op.given[byte] = static_cast<uint8_t>(bits);
-    if (Op::kGivesTwo) op.given_too[byte] = static_cast<uint8_t>(bits >> 8);
+  __device__ void store_bits(int64_t byte, uint32_t bits) const {
+    op.bits_out[byte] = static_cast<uint8_t>(bits);
+    if (Op::kWritesMoreBits) op.more_bits_out[byte] = static_cast<uint8_t>(bits >> 8);
   }
 
-  // kStep whole tiles. Every load is asked for before the first is used.
+  // kStep whole tiles. All loads are issued before the first is used.
   __device__ void vectors(int64_t tile) const {
     using T = Tile<kWidth>;
     using V = Vector<Bits>;
@@ -96,13 +96,13 @@ struct Pass {
     V v[kStep][T::kAccesses] = {};
 #pragma unroll
     for (int t = 0; t < kStep; ++t) {
-      bits[t] = stored(byte + t * kTileBytes);
+      bits[t] = load_bits(byte + t * kTileBytes);
 #pragma unroll
       for (int a = 0; a < T::kAccesses; ++a)
         if (Op::kReads) v[t][a] = from[(t * T::kAccesses + a) * kLanes];
     }
-    // Drawn while the loads are under way. The round keys are worked out anew for each step: kept from one to the next,
-    // they would take 18 registers.
+    // The mask is drawn while the loads are in flight. The round keys are computed again for each step, because keeping them
+    // would take 18 registers.
     if (Op::kSource == MaskSource::kRandom) {
       Mask draws = mask;
       from_here_on(draws.seed);
@@ -113,19 +113,19 @@ struct Pass {
 #pragma unroll
     for (int t = 0; t < kStep; ++t) {
       if (kMasked || Op::kOnes) from_here_on(bits[t]);
-      uint32_t met = kMasked || Op::kOnes ? T::exchange(bits[t], lane) : 0u;
-      if (!kMasked) met |= 0xFFu;
-      uint32_t given = 0;
+      uint32_t lane_bits = kMasked || Op::kOnes ? T::exchange(bits[t], lane) : 0u;
+      if (!kMasked) lane_bits |= 0xFFu;
+      uint32_t result = 0;
 #pragma unroll
       for (int a = 0; a < T::kAccesses; ++a) {
         if (t + a > 0) op.template advance<kWidth>(place);
-        // Or the compiler asks for the tables of all accesses at once, and runs out of registers.
+        // Without this the compiler loads the tables of all accesses at once and runs out of registers.
         if (Op::kOnes) __syncwarp();
         Elements<Bits> elements(v[t][a]);
-        given |= op.template apply<kWidth>(elements.element, place, met >> (a * kWidth)) << (a * kWidth);
+        result |= op.template apply<kWidth>(elements.element, place, lane_bits >> (a * kWidth)) << (a * kWidth);
         if (Op::kWrites) to[(t * T::kAccesses + a) * kLanes] = elements.vector();
       }
-      if (Op::kGives) give(byte + t * kTileBytes, T::exchange(given, lane));
+      if (Op::kWritesBits) store_bits(byte + t * kTileBytes, T::exchange(result, lane));
     }
   }
 
@@ -139,12 +139,12 @@ struct Pass {
     Bits* to = static_cast<Bits*>(op.y) + first;
     uint32_t bits = 0;
     if (tile.has_owned_byte()) {
-      bits = stored(byte);
+      bits = load_bits(byte);
       if (Op::kSource == MaskSource::kRandom) bits |= mask_byte<MaskSource::kRandom>(mask, byte);
       if (!kMasked) bits |= 0xFFu;
     }
-    const uint32_t met = T::exchange(bits, lane);
-    uint32_t given = 0;
+    const uint32_t lane_bits = T::exchange(bits, lane);
+    uint32_t result = 0;
     auto place = op.place(first);
 #pragma unroll 1
     for (int start = 0; start < T::kAccesses; start += Op::kPlainLoads) {
@@ -156,21 +156,21 @@ struct Pass {
       for (int i = 0; i < Op::kPlainLoads; ++i) {
         const int a = start + i;
         if (tile.has(a)) {
-          given |= op.template apply<1>(element + i, place, met >> a) << a;
+          result |= op.template apply<1>(element + i, place, lane_bits >> a) << a;
           if (Op::kWrites) to[a * kLanes] = element[i];
         }
         op.template advance<1>(place);
       }
     }
-    if (Op::kGives) {
-      const uint32_t owned = T::exchange(given, lane);
-      if (tile.has_owned_byte()) give(byte, owned);
+    if (Op::kWritesBits) {
+      const uint32_t owned = T::exchange(result, lane);
+      if (tile.has_owned_byte()) store_bits(byte, owned);
     }
   }
 };
 
-// The kernel's part: this warp's share of the tiles. The plain tiles go to the last warps first: those have no more steps
-// than the others.
+// Processes this warp's share of the tiles. The plain tiles go to the last warps first, because these have no more steps than
+// the others.
 template <class Op>
 __device__ __forceinline__ void over_map(const Op& op, const MaskRequest& mask, const Work& work) {
   using P = Pass<Op>;

@@ -1,5 +1,5 @@
-// fastshape._C_cuda: registers the CUDA kernels with torch. A file of its own, because it is linked with torch's CUDA
-// libraries and could not be loaded where torch has none.
+// fastshape._C_cuda: registers the CUDA kernels with torch. It is a library of its own because it is linked with torch's CUDA
+// libraries, and so cannot be loaded with a torch that has none.
 #include <pybind11/pybind11.h>
 
 #include "cuda/glue.h"
@@ -21,6 +21,6 @@ py::dict build_facts() {
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of fastshape.";
-  m.def("register_ops", &fastshape::cuda::register_ops, "Give torch the CUDA kernels of the fastshape ops.");
+  m.def("register_ops", &fastshape::cuda::register_ops, "Register the CUDA kernels of the fastshape ops with torch.");
   m.def("build_facts", &build_facts, "What this file was built with.");
 }

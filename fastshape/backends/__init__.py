@@ -1,13 +1,13 @@
-"""Which implementation serves the ops, device by device: the only place where that is decided.
+"""Chooses the implementation of the ops for each device. No other file decides this.
 
-``FASTSHAPE_BACKEND`` is read once, at import:
+The environment variable ``FASTSHAPE_BACKEND`` is read once, at import:
 
-- ``auto`` (default): compiled kernels; where there are none, Triton on a GPU and the reference elsewhere, with a reason.
-- ``native``: compiled kernels on the CPU and, where a CUDA GPU is visible, on CUDA.
-- ``triton``: Triton on the GPU, the CPU as with ``auto``. With TRITON_INTERPRET=1, Triton's interpreter on the CPU too.
+- ``auto`` (default): compiled kernels. Without them, Triton on a GPU and the reference elsewhere, with a reason.
+- ``native``: compiled kernels on the CPU and, if a CUDA GPU is visible, on CUDA.
+- ``triton``: Triton on the GPU; the CPU as with ``auto``. With TRITON_INTERPRET=1, Triton's interpreter on the CPU.
 - ``reference``: plain PyTorch everywhere.
 
-An explicit choice that cannot be had raises and says why.
+An explicit choice that is not available raises an error with the reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import cuda, native, reference, triton
 
 CHOICES = ("auto", "native", "triton", "reference")
 
-_ASKED_FOR = "asked for by FASTSHAPE_BACKEND"
+_REQUESTED = "requested by FASTSHAPE_BACKEND"
 _LOADED = "compiled kernels are loaded"
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}  # device type: dispatch key
 
@@ -29,11 +29,11 @@ _chosen: dict[str, tuple[str, str]] = {}  # device type: backend, reason
 
 
 def choose() -> None:
-    """Register the implementations for this process. Called once, when fastshape is imported.
+    """Register the implementations for this process. The import of fastshape calls it once.
 
     Raises:
         ValueError: FASTSHAPE_BACKEND is not one of `CHOICES`.
-        RuntimeError: the backend that was asked for cannot be had; the message says why.
+        RuntimeError: the requested backend is not available; the message gives the reason.
     """
     global _requested
     _requested = os.environ.get("FASTSHAPE_BACKEND", "auto")
@@ -42,7 +42,7 @@ def choose() -> None:
     if _requested == "triton":
         _require_triton()
 
-    # The reference serves every device; a backend registered for one device goes before it there.
+    # The reference serves every device. A backend that is registered for one device takes precedence there.
     reference.register()
     _chosen["cpu"] = _for_cpu()
     _chosen["cuda"] = _for_cuda()
@@ -55,7 +55,7 @@ def choose() -> None:
             (native if device == "cpu" else cuda).register()
     _chosen["other_devices"] = (
         "reference",
-        _ASKED_FOR if _requested == "reference" else "no kernels for them",
+        _REQUESTED if _requested == "reference" else "no kernels for these devices",
     )
 
 
@@ -64,16 +64,16 @@ def _require_triton() -> None:
         raise RuntimeError(f"FASTSHAPE_BACKEND=triton: {problem}")
     if not (triton.interpreted() or torch.cuda.is_available() or torch.xpu.is_available()):
         raise RuntimeError(
-            "FASTSHAPE_BACKEND=triton: no GPU is visible, and on a CPU Triton only runs interpreted; "
+            "FASTSHAPE_BACKEND=triton: no GPU is visible, and on a CPU Triton runs only interpreted; "
             "set TRITON_INTERPRET=1 for that (slow, meant for tests), or use auto, native or reference"
         )
 
 
 def _for_cpu() -> tuple[str, str]:
     if _requested == "reference":
-        return "reference", _ASKED_FOR
+        return "reference", _REQUESTED
     if _requested == "triton" and triton.interpreted():
-        return "triton", "asked for by FASTSHAPE_BACKEND, interpreted (TRITON_INTERPRET)"
+        return "triton", "requested by FASTSHAPE_BACKEND, interpreted (TRITON_INTERPRET)"
     problem = native.error()
     if problem is None:
         return "native", _LOADED
@@ -84,13 +84,13 @@ def _for_cpu() -> tuple[str, str]:
 
 def _for_cuda() -> tuple[str, str]:
     if _requested == "reference":
-        return "reference", _ASKED_FOR
-    # AMD's GPUs are CUDA devices to torch. Whether one is visible is not asked where it does not matter: asking starts
-    # the driver, and processes forked after that could not use it.
+        return "reference", _REQUESTED
+    # For torch, AMD GPUs are CUDA devices. Do not ask whether a GPU is visible unless it matters: the question starts the driver,
+    # and processes that are forked afterwards cannot use it.
     if not (torch.version.cuda or torch.version.hip):
         return "reference", "this torch has neither CUDA nor ROCm"
     if _requested == "triton":
-        return "triton", _ASKED_FOR
+        return "triton", _REQUESTED
     problem = cuda.error()
     if problem is None:
         return "native", _LOADED
@@ -103,9 +103,9 @@ def _for_cuda() -> tuple[str, str]:
 
 def _for_xpu() -> tuple[str, str]:
     if _requested == "reference":
-        return "reference", _ASKED_FOR
+        return "reference", _REQUESTED
     if _requested == "triton":
-        return "triton", _ASKED_FOR
+        return "triton", _REQUESTED
     problem = "there are no compiled kernels for XPU"
     return ("reference", problem) if _requested == "native" else _triton_or_reference(problem)
 
@@ -120,10 +120,10 @@ def backend_info() -> dict:
     """What is built, loaded and chosen, and why.
 
     Returns:
-        dict with ``requested`` (FASTSHAPE_BACKEND); ``cpu``, ``cuda``, ``xpu`` (where torch has it) and
-        ``other_devices``: the backend that serves them; ``reasons``: why, by the same names; ``reason``: that
-        of the CPU; ``native``, ``native_cuda`` and ``triton``: build facts, or the error that keeps it from
-        use; ``torch`` (its version) and ``threads``.
+        dict with ``requested``, the value of FASTSHAPE_BACKEND; ``cpu``, ``cuda``, ``xpu`` (if torch has it) and
+        ``other_devices``, the backend of each; ``reasons``, the reason for each backend, by the same names; ``reason``, the
+        reason for the CPU's; ``native``, ``native_cuda`` and ``triton``, their build facts or the error that prevents their
+        use; ``torch``, its version; and ``threads``, the number of CPU threads.
     """
     return {
         "requested": _requested,

@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels, fastshape._C_cuda. That they are missing never breaks an import: the error is kept."""
+"""The compiled CUDA kernels, fastshape._C_cuda. If they are missing, the import succeeds and the error is kept."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _BUILD = (
 
 
 def _build_facts() -> dict:
-    """What setup.py decided about CUDA and why; empty where no kernels were built at all."""
+    """The decision of setup.py about CUDA and its reason; empty if no kernels were built."""
     path = Path(__file__).parent.parent / "_build_facts.json"
     return json.loads(path.read_text())["cuda"] if path.is_file() else {}
 
 
 def mismatch(torch_cuda: str | None, facts: dict) -> str | None:
-    """Why kernels built like `facts` cannot run with a torch of this CUDA version, or None.
+    """Why kernels with these build facts cannot run with a torch of this CUDA version, or None.
 
     Args:
         torch_cuda: ``torch.version.cuda``.
-        facts: ``built``, ``reason`` and, where built, the CUDA ``version`` of nvcc.
+        facts: ``built``, ``reason`` and, if built, ``version``, the CUDA version of nvcc.
     """
     if torch_cuda is None:
         return "this torch has no CUDA"
@@ -45,7 +45,7 @@ def mismatch(torch_cuda: str | None, facts: dict) -> str | None:
 
 @functools.cache
 def _load():
-    """(module, None), or (None, why there is none and what to do)."""
+    """(module, None), or (None, the error and the remedy)."""
     problem = mismatch(torch.version.cuda, _build_facts())
     if problem is not None:
         return None, problem
@@ -56,16 +56,16 @@ def _load():
 
 
 def error() -> str | None:
-    """Why the kernels cannot be used, or None. No GPU is needed to use them: only to call them."""
+    """Why the kernels cannot be used, or None. They load without a GPU; only a call needs one."""
     return _load()[1]
 
 
 def register() -> None:
-    """Give torch the CUDA kernels. Only where `error` is None."""
+    """Register the CUDA kernels with torch. Call it only if `error` is None."""
     _load()[0].register_ops()
 
 
 def facts() -> dict:
-    """Build facts of the loaded file, or ``{"error": why there is none}``."""
+    """The build facts of the loaded library, or ``{"error": the reason}``."""
     module, problem = _load()
     return {"error": problem} if module is None else module.build_facts()

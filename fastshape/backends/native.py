@@ -1,4 +1,4 @@
-"""The compiled kernels, fastshape._C. That they are missing never breaks an import: the error is kept."""
+"""The compiled CPU kernels, fastshape._C. If they are missing, the import succeeds and the error is kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib
 
 @functools.cache
 def _load():
-    """(module, None), or (None, why there is none and what to do)."""
+    """(module, None), or (None, the error and the remedy)."""
     try:
         return importlib.import_module("fastshape._C"), None
     except ModuleNotFoundError as error:
@@ -31,11 +31,11 @@ def error() -> str | None:
 
 
 def register() -> None:
-    """Give torch the CPU kernels. Only where `error` is None."""
+    """Register the CPU kernels with torch. Call it only if `error` is None."""
     _load()[0].register_ops()
 
 
 def facts() -> dict:
-    """Build facts of the loaded file, or ``{"error": why there is none}``."""
+    """The build facts of the loaded library, or ``{"error": the reason}``."""
     module, problem = _load()
     return {"error": problem} if module is None else module.build_facts()

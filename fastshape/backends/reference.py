@@ -1,4 +1,4 @@
-"""Registers the specification itself as the implementation for every device."""
+"""Registers the reference as the implementation for every device."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ _IMPLEMENTATIONS = {
 
 
 def register() -> None:
-    """Make the reference the answer wherever no other backend is registered."""
+    """Register the reference for all devices. Backends of one device take precedence there."""
     for name, implementation in _IMPLEMENTATIONS.items():
         torch.library.impl(f"{_ops.NAMESPACE}::{name}", "CompositeExplicitAutograd", implementation)

@@ -1,6 +1,6 @@
-"""The Triton kernels, for GPUs that the compiled kernels do not serve. Checks, allocates, launches; no maths here.
+"""The Triton kernels for GPUs that the compiled kernels do not serve. This file checks arguments, allocates and launches.
 
-Triton itself is imported when an op is first called: it takes seconds that nobody else should wait for.
+Triton itself is imported at the first call of an op, because the import takes seconds.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from .. import _ops
 from ..reference import drop_threshold
 
-# By dtype: the integers its patterns are read as, and the patterns of +inf and 1.0.
+# By dtype: the integer type of its bit patterns, and the patterns of +inf and 1.0.
 _PATTERNS = {
     torch.float16: (torch.int16, 0x7C00, 0x3C00),
     torch.bfloat16: (torch.int16, 0x7F80, 0x3F80),
     torch.float32: (torch.int32, 0x7F800000, 0x3F800000),
     torch.float64: (torch.int64, 0x7FF0000000000000, 0x3FF0000000000000),
 }
-# What can be packed but not shaped: anything but zero is positive.
+# These dtypes can be packed but not shaped. Everything except zero is positive.
 _BYTE_PATTERNS = dict.fromkeys((torch.bool, torch.uint8), (torch.uint8, 0xFF, 1))
 
 # A program reads 4 KiB: two loads of 16 bytes in flight in each of its 128 threads. With twice that, the random kernels
@@ -32,23 +32,23 @@ _PROGRAM_BYTES = 4096
 _WARPS = 4
 
 
-# ---- whether it can be had ----
+# ---- availability ----
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python (TRITON_INTERPRET=1), which it can do on a CPU."""
+    """Whether Triton runs its kernels in Python (TRITON_INTERPRET=1), which works on a CPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def error() -> str | None:
-    """Why Triton cannot be used, or None. Looks without importing it."""
+    """Why Triton cannot be used, or None. Does not import Triton."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; install it with: pip install triton"
     return None
 
 
 def facts() -> dict:
-    """Triton's version and whether it is interpreted, or ``{"error": why there is none}``."""
+    """Triton's version and whether it is interpreted, or ``{"error": the reason}``."""
     if problem := error():
         return {"error": problem}
     try:
@@ -64,7 +64,7 @@ def _kernels():
         from . import triton_kernels
     except ImportError as problem:
         raise RuntimeError(
-            f"Triton is installed but did not load: {problem}; FASTSHAPE_BACKEND=reference does without it"
+            f"Triton is installed but did not load: {problem}; FASTSHAPE_BACKEND=reference does not need it"
         ) from problem
     return triton_kernels
 
@@ -100,12 +100,12 @@ def _check_rng_state(rng_state: Tensor, device: torch.device, p_zero: float) -> 
 
 
 def _launch(kernel: str, n: int, device: torch.device, item_bytes: int, *arguments, **constants):
-    """Run `kernel` over n elements, on the current stream of `device`."""
+    """Launch `kernel` for n elements on the current stream of `device`."""
     if n == 0:
         return
     mask_bytes = _PROGRAM_BYTES // (8 * item_bytes)
     programs = -(-n // (8 * mask_bytes))
-    # Triton launches on the current device. A CPU's index is None, which changes nothing.
+    # Triton launches on the current device. The index of a CPU is None, which changes nothing.
     with torch.accelerator.device_index(device.index):
         getattr(_kernels(), kernel)[(programs,)](
             *arguments, BYTES=mask_bytes, num_warps=_WARPS, **constants
@@ -113,7 +113,7 @@ def _launch(kernel: str, n: int, device: torch.device, item_bytes: int, *argumen
 
 
 def _run_shape(x, y, within_one, rng_state, bits, p_zero, binarize) -> None:
-    """Shape x into y (which may be x) and, where asked, the bits of M * 1[abs(x) <= 1] into `within_one`."""
+    """Shape x into y, which may be x. Write the bits of M * 1[abs(x) <= 1] to `within_one` unless it is None."""
     _check(
         x.dtype in _PATTERNS,
         "x: this dtype cannot be shaped; float16, bfloat16, float32 and float64 can",
@@ -127,7 +127,7 @@ def _run_shape(x, y, within_one, rng_state, bits, p_zero, binarize) -> None:
     if rng_state is not None:
         _check_rng_state(rng_state, x.device, p_zero)
         threshold = drop_threshold(p_zero)
-        if threshold == 0:  # nothing can be dropped: no need to draw
+        if threshold == 0:  # no element can be dropped
             rng_state = None
     elif bits is not None:
         _check_bits(bits, n, x.device)
@@ -145,7 +145,7 @@ def _new_bytes(like: Tensor, n: int) -> Tensor:
     return torch.empty((n + 7) // 8, dtype=torch.uint8, device=like.device)
 
 
-# ---- ops: `fastshape.reference` says what each computes ----
+# ---- ops, as `fastshape.reference` defines them ----
 
 
 def shape(x, rng_state, bits, p_zero, binarize):
@@ -217,6 +217,6 @@ _IMPLEMENTATIONS = {
 
 
 def register(key: str) -> None:
-    """Serve the devices of one dispatch key (``"CUDA"``, which is also AMD's, ``"XPU"``, ``"CPU"``)."""
+    """Register the kernels for one dispatch key: ``"CUDA"`` (also AMD GPUs), ``"XPU"`` or ``"CPU"``."""
     for name, implementation in _IMPLEMENTATIONS.items():
         torch.library.impl(f"{_ops.NAMESPACE}::{name}", key, implementation)

@@ -1,9 +1,9 @@
-"""Triton kernels. No torch here, and no choice of anything: `triton.py` beside this file launches them.
+"""Triton kernels, without torch. `triton.py` in this folder launches them.
 
-Each program owns BYTES whole mask bytes and their 8 * BYTES elements, so that nobody shares a byte. Numbers
-come as the integers of their bit patterns, because a comparison of numbers answers differently under
-flush-to-zero, and because dtypes then differ in two constants only: INFINITY and ONE, the patterns of +inf
-and 1.0. A mask comes from `rng_state` (random), from `bits` (given) or, both None, is all ones.
+Each program owns BYTES whole mask bytes and their 8 * BYTES elements, so that no byte is shared. Numbers are passed as the
+integers of their bit patterns, because a comparison of numbers gives another result under flush-to-zero. The dtypes then
+differ in two constants only: INFINITY and ONE, the patterns of +inf and 1.0. A mask is random (`rng_state`), given (`bits`)
+or, if both are None, all ones.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The number of elements and the threshold differ from call to call: their values must not cause a compilation.
+# The number of elements and the threshold change from call to call. A new value must not compile the kernel again.
 _PER_CALL = ("n", "threshold")
 
 
 @triton.jit
 def _random_bytes(rng_state, byte, threshold):
-    """Eight decisions from one Philox call, for each mask byte: element k is bit k, 1 iff it is kept.
+    """Random mask bytes: eight decisions from one Philox call each. Bit k is 1 if and only if element k is kept.
 
     Args:
-        rng_state: pointer to int64 [seed, offset]. Read here, so that a captured graph sees what it holds then.
-        byte: int64 block of mask bytes' numbers, i // 8. Offset and number add up modulo 2^64.
-        threshold: a 16-bit draw is kept iff it is >= this.
+        rng_state: pointer to int64 [seed, offset]. The kernel reads it, so that a captured graph uses the current state.
+        byte: int64 block with the numbers of the mask bytes, i // 8. offset + byte wraps at 2^64.
+        threshold: an element is kept if its 16-bit draw is >= threshold.
 
     Returns:
-        int32 block of byte's shape.
+        int32 block of the shape of `byte`.
     """
     seed = tl.load(rng_state)
     offset = tl.load(rng_state + 1)
@@ -44,13 +44,13 @@ def _random_bytes(rng_state, byte, threshold):
 
 @triton.jit
 def _is_positive(x, INFINITY: tl.constexpr):
-    """x > 0: false for NaN, for both zeros and for everything negative, whose patterns are negative integers."""
+    """x > 0: false for NaN, for both zeros and for negative numbers, whose patterns are negative integers."""
     return (x > 0) & (x <= INFINITY)
 
 
 @triton.jit
 def _is_within_one(x, ONE: tl.constexpr):
-    """abs(x) <= 1: false for NaN, whose pattern without its sign is above that of infinity."""
+    """abs(x) <= 1: false for NaN, whose pattern without the sign is above the pattern of infinity."""
     MAGNITUDE: tl.constexpr = (1 << (x.dtype.primitive_bitwidth - 1)) - 1
     return (x & MAGNITUDE) <= ONE
 
@@ -64,10 +64,10 @@ def _packed(flags):
 
 @triton.jit
 def _places(n, first, WHOLE: tl.constexpr, BYTES: tl.constexpr):
-    """Where the elements and bytes of one program are, counted from its first, and which of them exist.
+    """The numbers of the elements and bytes of one program, counted from its first, and whether they exist.
 
-    `WHOLE` says that all do. Then the masks are constants, and loads take 16 bytes at once; a mask that is
-    computed would have them take one element each.
+    With WHOLE all exist and the masks are constants, so that each load takes 16 bytes. With a computed mask each load would
+    take one element.
 
     Returns:
         element (BYTES, 8) int32, exists (BYTES, 8) bool, byte (BYTES,) int32, byte_exists (BYTES,) bool.
@@ -104,7 +104,7 @@ def _shape_bytes(
     if within_one is not None:
         packed = _packed(keep & exists & _is_within_one(value, ONE))
         tl.store(within_one + first + byte, packed, mask=byte_exists)
-    # A mask selects: where it is 0 the result is +0, whatever x is.
+    # The mask selects: where it is 0 the result is +0 for every x.
     if BINARIZE:
         shaped = tl.where(keep & _is_positive(value, INFINITY), ONE, 0).to(value.dtype)
     else:
@@ -121,7 +121,7 @@ def shape(
 
     Args:
         x, y: pointers to n integers.
-        within_one: pointer to uint8 (ceil(n / 8),), which receives the bits of M * 1[abs(x) <= 1], or None.
+        within_one: pointer to uint8 (ceil(n / 8),) for the bits of M * 1[abs(x) <= 1], or None.
         rng_state: pointer to int64 [seed, offset], or None. bits: pointer to uint8 (ceil(n / 8),), or None.
         threshold: see `_random_bytes`.
     """
@@ -162,7 +162,7 @@ def pack(x, bits, n, INFINITY: tl.constexpr, BYTES: tl.constexpr):
 
 @triton.jit(do_not_specialize=_PER_CALL)
 def pack_random(rng_state, bits, n, threshold, BYTES: tl.constexpr):
-    """The bits of a random mask of n elements; spare bits of the last byte are 0.
+    """The bits of a random mask of n elements. Spare bits of the last byte are 0.
 
     Args:
         rng_state: pointer to int64 [seed, offset]; None keeps all.
@@ -190,7 +190,7 @@ def _unpack_bytes(bits, out, n, first, WHOLE: tl.constexpr, BYTES: tl.constexpr)
 
 @triton.jit(do_not_specialize=_PER_CALL)
 def unpack(bits, out, n, BYTES: tl.constexpr):
-    """0 or 1 for each element, a byte each.
+    """0 or 1 for each element, one byte per element.
 
     Args:
         bits: pointer to uint8 (ceil(n / 8),).

@@ -1,4 +1,4 @@
-// What one call of an op works on.
+// The arguments of one call of a kernel.
 #pragma once
 
 #include <cstdint>
@@ -29,13 +29,13 @@ struct OnesArguments {
   MaskRequest mask;
 };
 
-// A binary map, and what each channel's zeros and ones become.
+// Writes a normalized map: looks up what each channel's zeros and ones become.
 struct LookUpArguments {
   Dtype dtype;  // of y and table
   const uint8_t* ones;
   int64_t n;
   Channels channels;
-  const void* table;  // patterns of a zero, a number a channel, then those of a one
+  const void* table;  // bit patterns: the value of a zero for every channel, then the value of a one for every channel
   void* y;
 };
 
@@ -47,7 +47,7 @@ struct GradInputArguments {
   int64_t n;
   Channels channels;
   MaskRequest mask;
-  // Numbers of the dtype's accumulator: scale of a zero, a number a channel; scale of a one; shift of a zero; of a one.
+  // Four vectors of the dtype's accumulator, one number per channel: scale[0], scale[1], shift[0], shift[1].
   const void* coefficients;
   void* dx;
 };

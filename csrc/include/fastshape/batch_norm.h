@@ -2,8 +2,8 @@
 //
 // With k ones among the m elements of a channel: mean = k / m, var = mean (1 - mean), invstd = 1 / sqrt(var + eps),
 // scale = weight invstd, y(0) = bias - mean scale, y(1) = bias + (1 - mean) scale, then ReLU of both. k is an exact
-// integer; everything after it is float64, each operation rounded once (no fused multiply-add), then rounded to the
-// dtype of the map. So every backend writes the same bits, the pattern of a NaN aside.
+// integer. Everything after it is float64, and each operation rounds once (no fused multiply-add). y is then rounded to the
+// dtype of the map. So every backend writes the same bits, except for the bit pattern of a NaN.
 #pragma once
 
 #include <cmath>
@@ -16,34 +16,34 @@
 
 namespace fastshape {
 
-// Element i of a dense map is of channel i / inner % count: inner is the plane's size in a contiguous map, 1 in a
-// channels_last one.
+// Element i of a dense map belongs to channel i / inner % count. `inner` is the size of a plane in a contiguous map and 1 in
+// a channels_last map.
 struct Channels {
   int64_t count, inner;
 
   FASTSHAPE_FUNCTION int64_t of(int64_t element) const { return element / inner % count; }
 };
 
-// What the layer is: the arrays have a number a channel. Null weight and bias are ones and zeros.
+// The BatchNorm layer. Each array has one number per channel. A null weight means ones, a null bias zeros.
 struct BatchNorm {
   const void *weight, *bias;
   Dtype parameter_dtype;  // of weight and bias
   void *running_mean, *running_var;
   Dtype running_dtype;
-  bool batch_statistics;  // else the running ones
-  double momentum, eps;   // momentum: the share of the new in the running statistics, if these are given
+  bool batch_statistics;  // false: the running statistics are used
+  double momentum, eps;   // momentum: the weight of the new value in the running statistics
   bool relu;
 };
 
-// What one channel's map becomes, in float64.
+// What the zeros and ones of one channel become, in float64.
 struct ChannelTable {
   double mean, invstd;
-  double scale;           // dy / dxhat times invstd
+  double scale;           // weight invstd
   double normalized[2];   // xhat of a zero and of a one
   double y[2];            // before ReLU
 };
 
-// Products and sums that no compiler may join: a fused multiply-add would give other bits.
+// Products and sums that the compiler must not fuse: a fused multiply-add would change the bits.
 FASTSHAPE_FUNCTION double times(double a, double b) {
 #if defined(__CUDA_ARCH__)
   return __dmul_rn(a, b);
@@ -88,7 +88,7 @@ FASTSHAPE_FUNCTION ChannelTable channel_table(const BatchNorm& norm, double mean
           {plus(bias, times(-mean, scale)), plus(bias, times(plus(1.0, -mean), scale))}};
 }
 
-// The pattern written for y: rounded, then ReLU, which keeps a NaN.
+// The bit pattern that is written for y: rounded, then ReLU, which keeps a NaN.
 template <class Number>
 FASTSHAPE_FUNCTION typename Number::Bits table_entry(double y, bool relu) {
   const auto pattern = Value<Number>::round(y);
@@ -96,19 +96,19 @@ FASTSHAPE_FUNCTION typename Number::Bits table_entry(double y, bool relu) {
   return relu && value <= 0 ? typename Number::Bits{0} : pattern;
 }
 
-// Whether a gradient passes the ReLU behind what was written for y.
+// Whether the ReLU lets the gradient through for the value that was written for y.
 template <class Number>
 FASTSHAPE_FUNCTION bool relu_passes(double y, bool relu) {
   return !(relu && Value<Number>::load(Value<Number>::round(y)) <= 0);
 }
 
-// `kept` = (1 - momentum) of the old running value and `momentum` of the new one.
+// (1 - momentum) old + momentum now.
 FASTSHAPE_FUNCTION double running_value(double old, double now, double momentum) {
   return plus(times(plus(1.0, -momentum), old), times(momentum, now));
 }
 
-// Forward, one channel: its statistics (to `statistics`, mean at [channel] and invstd at [count + channel]), the running
-// ones, and its two patterns (to `table`, of a zero at [channel], of a one at [count + channel]).
+// Forward, one channel. Writes its mean to statistics[channel] and its invstd to statistics[channels + channel]; the bit
+// pattern of a zero to table[channel] and that of a one to table[channels + channel]. Updates the running statistics.
 template <class Number>
 FASTSHAPE_FUNCTION void normalize_channel(const BatchNorm& norm, int64_t ones, int64_t elements, int64_t channel,
                                           int64_t channels, double* statistics, typename Number::Bits* table) {
@@ -137,8 +137,8 @@ FASTSHAPE_FUNCTION void normalize_channel(const BatchNorm& norm, int64_t ones, i
   table[channels + channel] = table_entry<Number>(t.y[1], norm.relu);
 }
 
-// Backward, element by element: dx = M (scale[a] dy + shift[a]), a being the binary element. Where scale is 0, as behind a
-// ReLU that is closed, dy is not looked at.
+// Backward, one element: dx = M (scale[a] dy + shift[a]), where a is the element of the binary map. Where scale is 0, as
+// after a closed ReLU, dy is not read, so that its NaN or infinity has no effect.
 template <class Accumulator>
 struct Coefficients {
   Accumulator scale[2], shift[2];
@@ -149,8 +149,8 @@ FASTSHAPE_FUNCTION Accumulator grad_element(Accumulator grad, Accumulator scale,
   return plus(scale != 0 ? times(scale, grad) : Accumulator{0}, shift);
 }
 
-// Backward, one channel. `sum[a]`: of dy over the elements where the map is a. Gives d(weight), d(bias) and the
-// coefficients.
+// Backward, one channel. `sum[a]` is the sum of dy over the elements where the binary map is a. Writes d(weight) and d(bias),
+// and returns the coefficients.
 template <class Number>
 FASTSHAPE_FUNCTION Coefficients<typename Value<Number>::Accumulator> differentiate_channel(
     const BatchNorm& norm, const double* statistics, const double sum[2], int64_t elements, int64_t channel,

@@ -22,7 +22,7 @@ void with_float(Dtype dtype, F&& f) {
     case Dtype::kBFloat16: return f(BFloat16{});
     case Dtype::kFloat32: return f(Float32{});
     case Dtype::kFloat64: return f(Float64{});
-    case Dtype::kByte: return;  // cannot be shaped; the glue refuses it
+    case Dtype::kByte: return;  // bytes cannot be shaped; the glue rejects them
   }
 }
 
@@ -41,7 +41,7 @@ void with_source(MaskSource source, F&& f) {
   }
 }
 
-// Calls `body(number, binarize, keeps_within_one, source)` with each as a type.
+// Calls `body(number, binarize, keeps_within_one, source)`; each argument carries its value in its type.
 template <class F>
 void with_shape(Dtype dtype, bool binarize, bool keeps_within_one, MaskSource source, F&& body) {
   with_float(dtype, [&](auto number_type) {

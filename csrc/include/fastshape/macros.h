@@ -1,4 +1,4 @@
-// What host and device compilers need to share one copy of the maths. No torch headers in this folder.
+// Macros that let host and device compilers share one copy of the maths. No file in this folder includes a torch header.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -7,8 +7,8 @@
 #define FASTSHAPE_HOST_DEVICE
 #endif
 
-// Always inlined, because a file compiled for one instruction set must never lend its copy of a shared
-// function to a file compiled for another: the linker keeps only one of two out-of-line copies.
+// Always inline. The linker keeps only one out-of-line copy of a function, so a file that is compiled for one instruction set
+// could otherwise end up with a copy that was compiled for another.
 #if defined(__CUDACC__)
 #define FASTSHAPE_INLINE __forceinline__
 #elif defined(_MSC_VER)

@@ -1,5 +1,5 @@
-// What a dtype's patterns are worth: to the numbers that sums are taken in, and back. Integer arithmetic where a
-// conversion of the machine would answer differently under flush-to-zero.
+// Conversion of a dtype's bit patterns to the numbers that sums are computed in, and back. It uses integer arithmetic where
+// the machine's own conversion would give another result under flush-to-zero.
 #pragma once
 
 #include <cstdint>
@@ -19,9 +19,9 @@ FASTSHAPE_FUNCTION To pattern_of(From value) {
   return result;
 }
 
-// `Accumulator`: what an element of the dtype is computed in. `load`: exact. `round`: a double to the nearest float
-// (double stays double), then to the nearest of the dtype, ties to even both times. A NaN stays one, of whatever pattern.
-// A GPU's own conversions do just that, and know no flush-to-zero unless asked.
+// `Accumulator` is the type that elements of the dtype are computed in. `load` is exact. `round` takes a double to the nearest
+// float (for Float64 it stays a double), then to the nearest number of the dtype; ties go to even both times. A NaN stays a
+// NaN of any pattern. The conversion instructions of a GPU do exactly this, and do not flush to zero by default.
 template <class Number>
 struct Value;
 
@@ -91,7 +91,7 @@ struct Value<Float16> {
     } else if (magnitude >= 0x477FF000u) {
       result = 0x7C00u;  // 65520 and above: infinity
     } else if (magnitude < 0x38800000u) {
-      // Below 2^-14 the dtype has steps of 2^-24, which is what a float has next to 0.5.
+      // Below 2^-14 the dtype has steps of 2^-24. A float has the same steps between 0.5 and 1.
       result = pattern_of<uint32_t>(pattern_of<float>(magnitude) + 0.5f) - 0x3F000000u;
     } else {
       result = (magnitude + 0xFFFu + (magnitude >> 13 & 1u) - ((127u - 15u) << 23)) >> 13;

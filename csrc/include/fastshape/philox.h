@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the one random stream.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the only random generator here.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ struct PhiloxWords {
 
 FASTSHAPE_FUNCTION uint64_t wide_product(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
-  // nvcc makes a product of 64-bit numbers of the other form, and adds the zeros in their upper halves: a third more
-  // instructions in all of Philox.
+  // nvcc turns the other form into a full product of 64-bit numbers, zero upper halves included. That makes Philox a third
+  // longer.
   uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
   return product;

@@ -1,21 +1,23 @@
-"""At home in PyTorch: opcheck, torch.compile, autocast, torch.func, copies, processes."""
+"""fastshape with opcheck, torch.compile, autocast, torch.func, copies and processes."""
 
 import copy
 import io
 import multiprocessing
 
 import pytest
+import test_batch_norm
 import torch
-from conftest import DTYPES
+from tensors import DTYPES
 from torch.library import opcheck
 
 import fastshape
+from fastshape import _ops
 
 ops = torch.ops.fastshape
 
 
 def samples(name: str):
-    """Arguments of an op: each mask source, each dtype, both memory formats, awkward sizes."""
+    """Arguments of an op: all mask sources, dtypes and memory formats, and awkward sizes."""
     state = fastshape.rng_state(3)
     if name == "pack":
         return [(torch.randn(n).to(d),) for n in (0, 1, 65) for d in DTYPES] + [
@@ -27,15 +29,15 @@ def samples(name: str):
         return [(torch.randint(256, ((n + 7) // 8,), dtype=torch.uint8), n) for n in (0, 1, 65)]
     last = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     xs = [torch.randn(shape).to(d) for shape in ((), (65,), (0, 3)) for d in DTYPES] + [last]
-    found = []
+    calls = []
     for x in xs:
         bits = torch.ones((x.numel() + 7) // 8, dtype=torch.uint8)
-        found += [
+        calls += [
             (x, state, None, 0.3, True),
             (x, None, bits, 0.0, False),
             (x, None, None, 0.0, True),
         ]
-    return found
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -47,12 +49,9 @@ def test_opcheck(name):
 
 
 def test_every_op_is_opchecked():
-    import test_batch_norm_kernels
-
-    from fastshape import _ops
-
-    checked = {*test_opcheck.pytestmark[0].args[1], *test_batch_norm_kernels.OPS}
-    assert checked == set(_ops.SCHEMAS)
+    tests = (test_opcheck, test_batch_norm.test_opcheck)
+    names = {name for test in tests for name in test.pytestmark[0].args[1]}
+    assert names == set(_ops.SCHEMAS)
 
 
 def shape_product(x, gradient="straight_through", inplace=False):
@@ -73,10 +72,8 @@ def test_compile_fullgraph_with_dynamic_sizes(gradient, inplace):
         )
         if gradient != "zero":
             first.sum().backward()
-            kept = first.detach() if gradient == "straight_through" else torch.zeros_like(x)
-            assert torch.equal(
-                x.grad, 2 * kept
-            )  # x * 2 is 2: the clipped gradient lets nothing through
+            value = first.detach() if gradient == "straight_through" else torch.zeros_like(x)
+            assert torch.equal(x.grad, 2 * value)  # x * 2 is 2, for which the clipped gradient is 0
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
@@ -107,7 +104,7 @@ def test_compile_equals_eager_for_a_given_state():
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_autocast_keeps_the_dtype_it_is_given(dtype):
+def test_autocast_keeps_the_dtype_of_x(dtype):
     conv = torch.nn.Conv2d(3, 4, 3)
     with torch.autocast("cpu", dtype=dtype):
         z = conv(torch.randn(2, 3, 8, 8))
@@ -142,11 +139,11 @@ def test_double_backward_is_the_derivative_of_the_backward_formula(gradient):
     (grad,) = torch.autograd.grad(y, x, v, create_graph=True)
     weight = torch.randn(50, dtype=torch.float64)
     (second,) = torch.autograd.grad((grad * weight).sum(), v)
-    kept = (mask > 0) & (x.abs() <= 1) if gradient == "clipped" else mask > 0
-    assert torch.equal(second, weight * kept)
+    passes = (mask > 0) & (x.abs() <= 1) if gradient == "clipped" else mask > 0
+    assert torch.equal(second, weight * passes)
 
 
-def test_func_grad_works_and_vmap_is_refused():
+def test_func_grad_works_and_vmap_is_an_error():
     x = torch.randn(4, 5)
     grad = torch.func.grad(lambda x: fastshape.shape(x, mask=torch.ones(4, 5)).sum())(x)
     assert torch.equal(grad, torch.ones(4, 5))
@@ -170,7 +167,7 @@ def test_no_grad_and_inference_mode():
 
 def test_in_place_marks_x_as_changed():
     w = torch.randn(10, requires_grad=True)
-    z = w.exp()  # exp needs its output for backward
+    z = w.exp()  # the backward of exp needs its output
     version = z._version
     fastshape.shape(z, p_zero=0.5, inplace=True)
     assert z._version > version
@@ -187,11 +184,11 @@ def test_in_place_on_a_view_of_an_activation(gradient):
     expected = ((x > 0).view(3, 8) & (mask > 0)).float()
     assert torch.equal(y, expected) and torch.equal(z.view(3, 8), expected)
     z.sum().backward()
-    kept = (mask > 0) & (x.view(3, 8).abs() <= 1) if gradient == "clipped" else mask > 0
-    assert torch.equal(x.grad, kept.float().view(24))
+    passes = (mask > 0) & (x.view(3, 8).abs() <= 1) if gradient == "clipped" else mask > 0
+    assert torch.equal(x.grad, passes.float().view(24))
 
 
-def test_state_changed_between_forward_and_backward_is_noticed():
+def test_a_state_that_changes_before_backward_is_an_error():
     x, state = torch.randn(10, requires_grad=True), fastshape.rng_state(1)
     y = fastshape.shape(x, p_zero=0.5, rng_state=state)
     state[1] += 1

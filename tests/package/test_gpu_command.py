@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: what it reckons, measures and writes, as far as that can be seen without a GPU."""
+"""benchmarks/gpu.py: its byte model, timing, goals and result file, as far as they can be tested without a GPU."""
 
 import dataclasses
 import json
@@ -16,13 +16,13 @@ import pytest
 import torch
 from gpu_speed import CASES, CONTENDERS, Case
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 # ---- the byte model and the statistics ----
 
 
-def test_sizes_are_at_least_what_they_are_called():
+def test_maps_have_at_least_the_size_of_their_case():
     for case in CASES:
         item = getattr(torch, case.dtype).itemsize
         n = torch.Size(gpu_speed.shape_of(case)).numel()
@@ -30,7 +30,7 @@ def test_sizes_are_at_least_what_they_are_called():
 
 
 def test_byte_model_by_hand():
-    # 64 MiB of float32 maps of 802,816 elements: 24 of them, 19,267,584 elements.
+    # A float32 map has 802,816 elements. 64 MiB are 24 maps with 19,267,584 elements.
     n = 24 * 64 * 112 * 112
     assert gpu_speed.moved_bytes(Case("random", "float32", "forward", 64)) == 8 * n
     assert gpu_speed.moved_bytes(Case("random", "float32", "in place", 64)) == 8 * n
@@ -52,7 +52,7 @@ def test_spread_by_hand():
 
 
 class ScriptedClock:
-    """A device whose every turn takes as many milliseconds as the turn says, and that sleeps as long as it is told."""
+    """A clock of a simulated device. Each turn names its own duration, and `delay` puts the device to sleep."""
 
     def __init__(self, enqueuing_ms: float):
         self.now, self.enqueuing_ms, self.waits = 0.0, enqueuing_ms, []
@@ -70,7 +70,7 @@ class ScriptedClock:
         return end - start
 
 
-def test_contenders_take_turns_and_a_round_that_was_enqueued_late_is_thrown_away():
+def test_contenders_take_turns_and_late_rounds_are_discarded():
     clock, order = ScriptedClock(enqueuing_ms=5.0), []
 
     def turn(name, milliseconds):
@@ -86,13 +86,13 @@ def test_contenders_take_turns_and_a_round_that_was_enqueued_late_is_thrown_away
         return prepare
 
     times = gpu_speed.time_in_turn({"a": turn("a", 10), "b": turn("b", 20)}, clock, rounds=3)
-    # Rounds 1 and 2 woke after 2 and 4 ms, before the host was done; 8 ms were enough.
+    # In rounds 1 and 2 the device woke after 2 and 4 ms, before the host was done. 8 ms were enough.
     assert clock.waits == [2, 4, 8, 8, 8]
     assert times == {"a": [13, 14, 15], "b": [23, 24, 25]}
     assert order[:4] == ["prepare a", "prepare b", "a", "b"]
 
 
-def test_a_host_that_is_never_done_in_time_is_an_error():
+def test_a_host_that_is_too_slow_is_an_error():
     with pytest.raises(RuntimeError, match="half a second"):
         gpu_speed.time_in_turn({"a": lambda: lambda: None}, ScriptedClock(1e9), rounds=1)
 
@@ -103,9 +103,8 @@ def test_host_times_are_of_one_call():
         {"a": lambda: time.sleep(1e-3)}, lambda: waits.append(0), calls_each=2, rounds=3
     )
     assert len(times["a"]) == 3 and all(1000 <= us < 50_000 for us in times["a"])
-    assert (
-        len(waits) == 3 + 3 + 1
-    )  # before each of three to warm up and three measured, and at the end
+    # One wait before each of three warm-up rounds and three measured rounds, and one at the end.
+    assert len(waits) == 3 + 3 + 1
 
 
 # ---- contenders ----
@@ -120,11 +119,11 @@ def test_every_contender_does_its_direction(monkeypatch, mask, direction):
     served = [name for name, contender in CONTENDERS.items() if contender.serves(case)]
     assert {"fastshape", "copy", "Triton kernels"} <= set(served)
     x, grad, target = torch.randn(3, 4, 5, 5).abs(), torch.randn(4, 5, 5), torch.randn(4, 5, 5)
-    given = gpu_speed.fastshape.BitMask.from_tensor(target) if mask == "target" else None
+    recorded = gpu_speed.fastshape.BitMask.from_tensor(target) if mask == "target" else None
     for name in served:
-        if name == "Triton kernels":  # a GPU's alone
+        if name == "Triton kernels":  # needs a GPU
             continue
-        inputs = gpu_speed.Inputs(x[0].clone(), grad, given)
+        inputs = gpu_speed.Inputs(x[0].clone(), grad, recorded)
         result = CONTENDERS[name].prepare(direction, inputs)()
         if name == "copy":
             continue
@@ -135,25 +134,28 @@ def test_every_contender_does_its_direction(monkeypatch, mask, direction):
             assert result.data_ptr() != inputs.x.data_ptr() and torch.equal(inputs.x, x[0])
         else:
             (result,) = result
-            kept = result != 0
+            nonzero = result != 0
             scale = 1 / gpu_speed.P_ZERO if name == "F.dropout" else 1
-            assert torch.equal(result[kept], scale * grad[kept]) and 0 < kept.sum() < grad.numel()
+            assert (
+                torch.equal(result[nonzero], scale * grad[nonzero])
+                and 0 < nonzero.sum() < grad.numel()
+            )
             if mask == "target":
-                assert torch.equal(kept, target > 0)
+                assert torch.equal(nonzero, target > 0)
     gpu_speed._compiled.cache_clear()
 
 
-def test_a_case_gives_a_row_a_contender_and_an_error_where_one_fails(monkeypatch):
+def test_a_case_gives_one_row_per_contender_or_its_error(monkeypatch):
     monkeypatch.setattr(gpu_speed, "MAP", (2, 8, 8))
 
     def fails(direction, inputs):
         raise ValueError("no such thing")
 
-    chosen = {name: CONTENDERS[name] for name in ("fastshape", "copy", "F.dropout")}
-    chosen["broken"] = gpu_speed.Contender(fails)
-    chosen["absent"] = gpu_speed.Contender(fails, missing=lambda: "not installed")
-    chosen = {name: dataclasses.replace(c, sizes=(1,)) for name, c in chosen.items()}
-    monkeypatch.setattr(gpu_speed, "CONTENDERS", chosen)
+    contenders = {name: CONTENDERS[name] for name in ("fastshape", "copy", "F.dropout")}
+    contenders["broken"] = gpu_speed.Contender(fails)
+    contenders["absent"] = gpu_speed.Contender(fails, missing=lambda: "not installed")
+    contenders = {name: dataclasses.replace(c, sizes=(1,)) for name, c in contenders.items()}
+    monkeypatch.setattr(gpu_speed, "CONTENDERS", contenders)
     clock = ScriptedClock(enqueuing_ms=0)
     clock.milliseconds = lambda start, end: 2.0
     case = Case("random", "float16", "forward", 1)
@@ -206,19 +208,19 @@ def test_small_calls_and_their_rows():
 
 
 def speed_record(case: Case, contender: str, **fields) -> dict:
-    given = {"share_of_datasheet": None, "share_of_copy": None, "fastshape_is_faster": 1.0}
-    return {"kind": "speed", **vars(case), "contender": contender} | given | fields
+    measures = {"share_of_datasheet": None, "share_of_copy": None, "fastshape_is_faster": 1.0}
+    return {"kind": "speed", **vars(case), "contender": contender} | measures | fields
 
 
 def goal_named(what: str, *records: dict) -> dict:
-    (found,) = [g for g in gpu_speed.goals(list(records)) if g["what"] == what]
-    return found
+    (goal,) = [g for g in gpu_speed.goals(list(records)) if g["what"] == what]
+    return goal
 
 
-def test_without_records_every_goal_is_there_and_unmeasured():
-    found = gpu_speed.goals([])
-    assert len({goal["what"] for goal in found}) == len(found) > 60
-    assert all(goal["measured"] is goal["reached"] is None for goal in found)
+def test_without_records_no_goal_is_measured():
+    goals = gpu_speed.goals([])
+    assert len({goal["what"] for goal in goals}) == len(goals) > 60
+    assert all(goal["measured"] is goal["reached"] is None for goal in goals)
 
 
 @pytest.mark.parametrize(
@@ -228,21 +230,21 @@ def test_without_records_every_goal_is_there_and_unmeasured():
 def test_memory_speed_is_reached_by_either_share(datasheet, copy, reached):
     case = Case("target", "float16", "backward", 64)
     record = speed_record(case, "fastshape", share_of_datasheet=datasheet, share_of_copy=copy)
-    found = goal_named("backward, target, float16, 64 MiB: memory speed", record)
-    assert found["reached"] is reached
-    assert found["measured"] == {"share_of_datasheet": datasheet, "share_of_copy": copy}
+    goal = goal_named("backward, target, float16, 64 MiB: memory speed", record)
+    assert goal["reached"] is reached
+    assert goal["measured"] == {"share_of_datasheet": datasheet, "share_of_copy": copy}
 
 
 @pytest.mark.parametrize(
     ("direction", "contender", "level", "more"),
     (
-        ("forward", "reference, torch.compile", True, True),  # at least level with it
-        ("forward+backward", "reference, torch.compile", False, True),  # ahead of it
+        ("forward", "reference, torch.compile", True, True),  # equal or faster
+        ("forward+backward", "reference, torch.compile", False, True),  # faster
         ("forward", "F.dropout", False, True),
-        ("forward", "reference, eager", False, False),  # three times
+        ("forward", "reference, eager", False, False),  # three times as fast
     ),
 )
-def test_what_is_asked_against_each_contender(direction, contender, level, more):
+def test_goals_against_each_contender(direction, contender, level, more):
     case = Case("random", "float32", direction, 64)
     what = f"{direction}, random, float32, 64 MiB: against {contender}"
     for ratio, reached in ((0.99, False), (1.0, level), (1.01, more), (3.0, True)):
@@ -251,8 +253,8 @@ def test_what_is_asked_against_each_contender(direction, contender, level, more)
 
 
 def test_goals_of_memory_and_launches():
-    for kept, reached in ((16, True), (17, False)):
-        record = {"kind": "saved", "mask": "random", "contender": "fastshape", "bytes": kept}
+    for size, reached in ((16, True), (17, False)):
+        record = {"kind": "saved", "mask": "random", "contender": "fastshape", "bytes": size}
         assert goal_named("saved for backward, random", record)["reached"] is reached
     for where, ratio, reached in (
         ("eager", 1.5, True), ("eager", 1.51, False), ("graph", 1.05, True), ("graph", 1.06, False),
@@ -280,8 +282,8 @@ def test_outcomes_of_tests_become_records(tmp_path):
     (tmp_path / "test_unreadable.py").write_text("import no_such_module\n")
     records = []
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_tests.py"), "RECORDS", str(tmp_path)]
-    told = gpu.run([*command, "--continue-on-collection-errors"], 100, records.append)
-    assert told["state"] == "done", told["output"]  # it ran to its end; the records tell the rest
+    outcome = gpu.run([*command, "--continue-on-collection-errors"], 100, records.append)
+    assert outcome["state"] == "done", outcome["output"]  # failures are in the records
     outcomes = {record["name"].split("::")[-1]: record for record in records}
     names = {name: record["outcome"] for name, record in outcomes.items()}
     unreadable = next(name for name in names if "unreadable" in name)
@@ -296,7 +298,7 @@ def test_outcomes_of_tests_become_records(tmp_path):
     assert counts == {"passed": 1, "failed": 1, "error": 2, "skipped": 1, "sanitizer_errors": 0}
 
 
-def test_files_with_gpu_tests_are_found():
+def test_files_with_gpu_tests_are_selected():
     names = {path.name for path in gpu_tests.files()}
     assert {"test_cuda.py", "test_triton.py", "test_waits.py"} <= names
     assert "test_attach.py" not in names
@@ -310,7 +312,7 @@ def test_files_with_gpu_tests_are_found():
         ({"passed": 3, "failed": 1}, "done", 1),
         ({"passed": 3, "error": 1}, "done", 1),
         ({"passed": 3, "sanitizer_errors": 1}, "done", 1),
-        ({"skipped": 3}, "done", 1),  # nothing was proven
+        ({"skipped": 3}, "done", 1),  # no test ran
     ),
 )
 def test_exit_status(counts, state, status):
@@ -333,9 +335,9 @@ OURS = """========= COMPUTE-SANITIZER
 
 
 def test_sanitizer_log():
-    found = gpu.read_sanitizer(OURS)
-    assert (found["errors"], found["errors_in_fastshape"]) == (2, 1)
-    assert "shape_kernel" in found["reports"][0] and "vectorized" not in found["reports"][0]
+    result = gpu.read_sanitizer(OURS)
+    assert (result["errors"], result["errors_in_fastshape"]) == (2, 1)
+    assert "shape_kernel" in result["reports"][0] and "vectorized" not in result["reports"][0]
     clean = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
     assert gpu.read_sanitizer(clean) == {"errors": 0, "errors_in_fastshape": 0, "reports": []}
     race = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
@@ -349,48 +351,48 @@ def test_sanitizer_log():
 
 
 def result_in(folder: Path) -> gpu.Result:
-    return gpu.Result(folder / "made" / "here.json", {"device": "none"}, lambda records: [])
+    return gpu.Result(folder / "new" / "here.json", {"device": "none"}, lambda records: [])
 
 
 def writes(*records: dict, then: str = "") -> list[str]:
-    """A process that appends these records to its file."""
+    """The command of a process that appends these records to its file."""
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    code = f"import sys, time; open(sys.argv[1], 'a').write({lines!r}); print('said'); {then}"
+    code = f"import sys, time; open(sys.argv[1], 'a').write({lines!r}); print('output'); {then}"
     return [sys.executable, "-c", code, "RECORDS"]
 
 
 def test_a_process_over_its_limit_is_killed_and_its_records_are_kept(tmp_path):
     records, pid = [], tmp_path / "pid"
-    # What the process started itself must end, too.
+    # The children of the process must end, too.
     child = "import subprocess; p = subprocess.Popen(['sleep', '60']); "
     child += f"open({str(pid)!r}, 'w').write(str(p.pid)); time.sleep(60)"
     start = time.monotonic()
-    told = gpu.run(writes({"kind": "test"}, {"kind": "speed"}, then=child), 3, records.append)
+    outcome = gpu.run(writes({"kind": "test"}, {"kind": "speed"}, then=child), 3, records.append)
     assert time.monotonic() - start < 20
-    assert told["state"] == "cut" and "said" in told["output"]
+    assert outcome["state"] == "cut" and "output" in outcome["output"]
     assert records == [{"kind": "test"}, {"kind": "speed"}]
     state = Path(f"/proc/{pid.read_text()}/stat")
     assert not state.exists() or state.read_text().rsplit(")")[1].split()[0] == "Z"
 
 
-def test_a_process_that_fails_says_what_it_said():
-    told = gpu.run(writes(then="sys.exit(3)"), 30, print)
-    assert (told["state"], told["exit"]) == ("failed", 3) and "said" in told["output"]
+def test_the_output_of_a_process_that_fails_is_kept():
+    outcome = gpu.run(writes(then="sys.exit(3)"), 30, print)
+    assert (outcome["state"], outcome["exit"]) == ("failed", 3) and "output" in outcome["output"]
 
 
 def test_later_parts_are_cut_first_and_the_file_says_so(tmp_path):
     result = result_in(tmp_path)
     limits = []
 
-    def part(seconds, **told):
+    def part(seconds, **outcome):
         def work(limit, add):
             limits.append(limit)
             add({"kind": "speed", "n": len(limits)})
-            # What has been found out is in the file already.
+            # The file has all records so far.
             written = json.loads(result.path.read_text())
             assert written["speed"][-1] == {"n": len(limits)}
             time.sleep(seconds)
-            return {"state": "done", **told}
+            return {"state": "done", **outcome}
 
         return work
 
@@ -406,21 +408,21 @@ def test_later_parts_are_cut_first_and_the_file_says_so(tmp_path):
     gpu.run_parts(result, 1.0, parts)
     written = json.loads(result.path.read_text())
     assert limits[0] == 0.5 and 0.2 < limits[1] <= 0.4
-    states = {name: told["state"] for name, told in written["parts"].items()}
+    states = {name: outcome["state"] for name, outcome in written["parts"].items()}
     assert states == {"first": "done", "second": "failed", "third": "done", "fourth": "cut"}
-    assert written["parts"]["fourth"]["reason"] == "nothing was left of 1 s"
+    assert written["parts"]["fourth"]["reason"] == "the budget of 1 s was used up"
     assert "no such tool" in written["parts"]["second"]["reason"]
     assert written["parts"]["first"]["limit_s"] == 0.5
     assert [p.name for p in result.path.parent.iterdir()] == ["here.json"]
 
 
-def test_shares_leave_something_for_the_last_part():
+def test_shares_leave_time_for_the_last_part():
     shares = [share for share, _ in gpu.PARTS.values()]
     assert sum(shares[:-1]) < 1 and shares[-1] == 1
 
 
 @pytest.mark.parametrize("how", (signal.SIGTERM, signal.SIGKILL))
-def test_a_kill_leaves_what_was_found_out(tmp_path, how):
+def test_a_kill_loses_no_record(tmp_path, how):
     command = writes({"kind": "test", "outcome": "passed"}, then="time.sleep(20)")
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT / "benchmarks")!r})
@@ -445,9 +447,9 @@ gpu.run_parts(result, 100, {{"tests": (1, lambda limit, add: gpu.run({command!r}
 
 
 def test_without_a_gpu_it_says_so_and_exits_2():
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "gpu.py")],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "no CUDA device is visible" in done.stderr
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.count("\n") == 1 and "no CUDA device is visible" in process.stderr

@@ -1,4 +1,4 @@
-"""Whether the CUDA kernels are built, why, and what nvcc made of them. No GPU is needed."""
+"""The decision to build the CUDA kernels, its reasons, and the code that nvcc generates. No GPU is needed."""
 
 import os
 import resource
@@ -13,13 +13,13 @@ import torch
 
 from fastshape.backends import cuda
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETUP = ROOT / "setup.py"
 
 
 @pytest.fixture(scope="module")
 def setup():
-    """The functions of setup.py, without setting anything up."""
+    """The functions of setup.py. Nothing is installed."""
     pytest.importorskip("setuptools")
     return runpy.run_path(str(SETUP))
 
@@ -56,13 +56,13 @@ def test_any_other_value_is_refused(setup, requested):
 
 def test_architectures(setup):
     choose, flags = setup["choose_architectures"], setup["architecture_flags"]
-    known = ["compute_75", "compute_80", "compute_90", "compute_100", "compute_120"]
-    assert choose(None, known) == ["7.5", "8.0", "9.0+PTX"]
-    assert choose(None, known[:3]) == ["7.5", "8.0", "9.0+PTX"]
-    assert choose("8.0;9.0a+PTX", known) == ["8.0", "9.0a+PTX"]
-    assert choose("8.6 12.0", known) == ["8.6", "12.0"]
+    supported = ["compute_75", "compute_80", "compute_90", "compute_100", "compute_120"]
+    assert choose(None, supported) == ["7.5", "8.0", "9.0+PTX"]
+    assert choose(None, supported[:3]) == ["7.5", "8.0", "9.0+PTX"]
+    assert choose("8.0;9.0a+PTX", supported) == ["8.0", "9.0a+PTX"]
+    assert choose("8.6 12.0", supported) == ["8.6", "12.0"]
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST='Hopper'.*compute capability"):
-        choose("Hopper", known)
+        choose("Hopper", supported)
     assert flags(["8.0", "9.0+PTX"]) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",
@@ -70,11 +70,11 @@ def test_architectures(setup):
     ]
 
 
-# ---- the decision, made for real: nvcc on PATH, elsewhere, and nowhere ----
+# ---- the decision with nvcc on PATH, elsewhere and nowhere ----
 
 
 def fake_nvcc(home: Path, release: str) -> Path:
-    """Something that answers as nvcc does where the decision asks."""
+    """A script that answers the questions of setup.py as nvcc would."""
     path = home / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
     path.write_text(f"""#!/bin/sh
@@ -89,7 +89,7 @@ esac
 
 @pytest.fixture
 def without_nvcc(monkeypatch, tmp_path):
-    """A machine with no nvcc anywhere, and no wishes."""
+    """An environment without nvcc and without settings for the build."""
     for name in ("CUDA_HOME", "FASTSHAPE_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
@@ -107,7 +107,7 @@ def test_nvcc_is_looked_for_in_CUDA_HOME_then_on_PATH(setup, without_nvcc, monke
     at_home = fake_nvcc(tmp_path / "home", "12.9")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     assert setup["find_nvcc"]() == str(at_home)
-    at_home.chmod(0o644)  # there, but nothing to run
+    at_home.chmod(0o644)  # a file that cannot be executed
     assert setup["find_nvcc"]() == str(on_path)
 
 
@@ -121,16 +121,19 @@ def test_nvcc_on_path_decides(setup, without_nvcc, monkeypatch, tmp_path, releas
     if release == "13.0":
         assert facts["reason"] == "torch has CUDA 13.2, nvcc is of CUDA 13.0"
         assert facts["nvcc"] == str(tmp_path / "bin" / "nvcc")
-        assert facts["architectures"] == ["8.0", "9.0+PTX"]  # of the default list, what it knows
+        assert facts["architectures"] == [
+            "8.0",
+            "9.0+PTX",
+        ]  # the part of the default list that this nvcc knows
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
         assert setup["cuda_facts"]()["architectures"] == ["8.6"]
         monkeypatch.setenv("FASTSHAPE_CUDA", "0")
         assert setup["cuda_facts"]() == {"built": False, "reason": "FASTSHAPE_CUDA=0"}
         return
-    wanted = "no nvcc in CUDA_HOME, on PATH" if release is None else "the majors must be equal"
-    assert wanted in facts["reason"]
+    reason = "no nvcc in CUDA_HOME, on PATH" if release is None else "the majors must be equal"
+    assert reason in facts["reason"]
     monkeypatch.setenv("FASTSHAPE_CUDA", "1")
-    with pytest.raises(SystemExit, match=f"cannot be built: .*{wanted}"):
+    with pytest.raises(SystemExit, match=f"cannot be built: .*{reason}"):
         setup["cuda_facts"]()
 
 
@@ -145,15 +148,14 @@ def test_two_architectures_compile_in_under_a_minute(setup, monkeypatch, tmp_pat
     built = [Path(path) for path in setup["compile_kernels"](cuda_of, str(tmp_path))]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert built and all(path.stat().st_size > 100_000 for path in built)
-    # The processor's time, which what else runs on the machine does not change; the files are compiled side by side, on two
-    # cores.
+    # Processor time does not depend on the load of the machine. The files are compiled in parallel on two cores.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2 * 60
 
 
-# ---- what is said where the kernels cannot be had ----
+# ---- messages when the kernels are not available ----
 
 
-def test_mismatch_names_both_versions_and_what_to_do():
+def test_mismatch_names_both_versions_and_the_remedy():
     built = {"built": True, "reason": "", "version": "13.0"}
     assert cuda.mismatch("13.2", built) is None
     problem = cuda.mismatch("12.8", built)
@@ -165,7 +167,7 @@ def test_mismatch_names_both_versions_and_what_to_do():
     assert cuda.mismatch(None, built) == "this torch has no CUDA"
 
 
-def test_a_file_that_does_not_load_is_an_error_kept():
+def test_the_error_of_a_file_that_does_not_load_is_kept():
     code = """
 import sys; sys.modules["fastshape._C_cuda"] = None
 import torch, fastshape
@@ -176,11 +178,13 @@ cuda._load.cache_clear()
 print(cuda.error())
 print(cuda.facts())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "did not load" in done.stdout and "pip install" in done.stdout, done.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert "did not load" in process.stdout and "pip install" in process.stdout, process.stderr
 
 
-# ---- what nvcc made ----
+# ---- the code that nvcc generates ----
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +193,15 @@ def kernels():
         pytest.skip(cuda.error())
     cuobjdump = cuda_report.tool("cuobjdump")
     if cuobjdump is None:
-        pytest.skip("no cuobjdump beside nvcc, on PATH or in Triton")
+        pytest.skip("no cuobjdump next to nvcc, on PATH or in Triton")
     return cuda_report.report(cuda_report.library(), cuobjdump)
 
 
-def test_every_kernel_is_there(kernels):
+def test_all_kernels_exist(kernels):
     for arch in {kernel.arch for kernel in kernels}:
         names = [kernel.name for kernel in kernels if kernel.arch == arch]
-        # 4 dtypes x binarize x within_one x 3 mask sources; ones: 4 x within_one x 3, and bytes; pack_random: 3; unpack: 2.
+        # shape: 4 dtypes x binarize x within_one x 3 mask sources; ones: 4 x within_one x 3, and one for bytes; pack_random: 3;
+        # unpack: 2.
         shaping = 48 + 25 + 3 + 2
         # count: 3; look_up: 2 widths x 3 patterns, and 64 bits; sums: 4 dtypes x (2 groups of lanes, and rows); grad_input:
         # (3 dtypes x 3 patterns, and float64) x 3 mask sources; normalize and differentiate: 4 dtypes each.
@@ -209,18 +214,18 @@ def test_no_local_memory_and_no_spills(kernels):
         assert (kernel.stack, kernel.local, kernel.local_accesses) == (0, 0, 0), kernel
 
 
-# Sixteen bytes at a time: loads and stores of maps. Bits and counts are met as they are.
+# The least number of 16-byte loads and stores of maps. Bits and counts are read and written in other widths.
 MAPS = {"shape": (4, 4), "ones": (4, 0), "look_up": (0, 4), "sum_": (4, 0), "grad_input": (2, 2)}
 
 
-def test_maps_are_met_sixteen_bytes_at_a_time(kernels):
+def test_maps_are_read_and_written_16_bytes_at_a_time(kernels):
     for kernel in kernels:
         for name, (loads, stores) in MAPS.items():
             if kernel.name.startswith(name) and "Byte" not in kernel.name:
                 assert kernel.loads_16 >= loads and kernel.stores_16 >= stores, kernel
 
 
-def test_tables_are_met_sixteen_bytes_at_a_time(kernels):
+def test_tables_are_read_16_bytes_at_a_time(kernels):
     for kernel in kernels:
         assert (kernel.table_loads_16 > 0) == kernel.name.endswith(" rows>"), kernel
 

@@ -1,4 +1,4 @@
-// Enough of CUDA for a C++ compiler to run csrc/cuda/*.cu: one warp at a time, its lanes in turn.
+// The part of CUDA that a C++ compiler needs to run csrc/cuda/*.cu: one warp at a time, its lanes in turn.
 #pragma once
 
 #include <algorithm>
@@ -33,23 +33,23 @@ namespace emulation {
 
 inline int multiprocessors = 2, blocks_per_multiprocessor = 1;
 inline unsigned last_grid = 0;
-inline bool failed = false;  // a GPU would have stopped, or waited for ever
+inline bool failed = false;  // a GPU would have stopped or waited forever
 
 void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
 
-// Returns when all lanes have come here.
-void meet();
+// Returns when all lanes have called it.
+void wait_for_lanes();
 
-// Two sets of places: a lane may be at its next exchange before others have read what it gave in this one.
-inline uint64_t given[2][32];
+// Two sets of values: a lane may write for its next exchange before other lanes have read its value of this one.
+inline uint64_t values[2][32];
 inline unsigned exchanges[32];
 
 template <class T>
 T from_lane(T value, unsigned other) {
   const unsigned lane = threadIdx.x % 32, set = exchanges[lane]++ % 2;
-  memcpy(given[set] + lane, &value, sizeof value);
-  meet();
-  memcpy(&value, given[set] + other, sizeof value);
+  memcpy(values[set] + lane, &value, sizeof value);
+  wait_for_lanes();
+  memcpy(&value, values[set] + other, sizeof value);
   return value;
 }
 
@@ -84,7 +84,7 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::from_lane(value, threadIdx.x % 32 ^ mask);
 }
-inline void __syncwarp() { emulation::meet(); }
+inline void __syncwarp() { emulation::wait_for_lanes(); }
 
 template <class T>
 T __ldg(const T* from) {

@@ -1,6 +1,6 @@
-"""fastshape installed beside a torch without CUDA: builds, works, and says what it does without.
+"""fastshape with a torch without CUDA: it builds, works and reports what is missing.
 
-It fetches a torch (200 MB), and so runs only when asked for: ``make test-cpu-only-torch``.
+The tests download torch (200 MB), and so run only on request: ``make test-cpu-only-torch``.
 """
 
 import json
@@ -14,17 +14,21 @@ import pytest
 
 pytestmark = [pytest.mark.fetch, pytest.mark.slow]
 
-ROOT = Path(__file__).parent.parent
-# A version with a build that has no CUDA. The suffix asks for that build: the plain number can bring gigabytes of CUDA.
+ROOT = Path(__file__).parents[2]
+# The suffix selects the build without CUDA. Without the suffix pip may download gigabytes of CUDA.
 TORCH = "torch==2.13.0+cpu"
 TOOLS = ("setuptools>=77", "pybind11", "ninja", "numpy", "pytest")
-# Forward and backward against the reference for each dtype, mask and policy; the stream; the bits.
-TESTS = ("test_shape.py::test_equals_reference_bit_for_bit", "test_stream.py", "test_bitmask.py")
+# These tests compare forward and backward with the reference, and check the random stream and the packed bits.
+TESTS = (
+    "package/test_shape.py::test_equals_reference_bit_for_bit",
+    "kernels/test_stream.py",
+    "package/test_bitmask.py",
+)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """What is installed from, without anything built."""
+    """A copy of the source without build products."""
     folder = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -36,30 +40,30 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, source):
-    """``run(program, *arguments)`` in a new environment with that torch and this fastshape."""
+    """``run(program, *arguments)`` runs a program in a new environment with that torch and this fastshape."""
     folder = tmp_path_factory.mktemp("environment")
     ours = ("PYTHONPATH", "FASTSHAPE_BACKEND", "FASTSHAPE_CUDA", "FASTSHAPE_SKIP_EXT")
     clean = {name: value for name, value in os.environ.items() if name not in ours}
 
     def run(program, *arguments, check=True, **variables):
-        done = subprocess.run(
+        process = subprocess.run(
             [folder / "bin" / program, *arguments], cwd=folder, env=clean | variables,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
         )  # fmt: skip
-        assert done.returncode == 0 or not check, done.stdout[-5000:]
-        return done
+        assert process.returncode == 0 or not check, process.stdout[-5000:]
+        return process
 
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    fetched = run("pip", "install", "--quiet", TORCH, *TOOLS, check=False)
-    if fetched.returncode:
-        # Asked for by name, so no skip: CI would not notice. PIP_EXTRA_INDEX_URL says where else to look.
-        pytest.fail(f"pip cannot get {TORCH} here: {fetched.stdout[-1000:]}")
+    install = run("pip", "install", "--quiet", TORCH, *TOOLS, check=False)
+    if install.returncode:
+        # A skip would go unnoticed in CI, so fail. PIP_EXTRA_INDEX_URL can name another index.
+        pytest.fail(f"pip cannot get {TORCH} here: {install.stdout[-1000:]}")
     run("pip", "install", "--quiet", "--no-build-isolation", "--no-deps", str(source))
     yield run
-    shutil.rmtree(folder)  # pytest would keep three of them, a gigabyte each
+    shutil.rmtree(folder)  # pytest would keep three folders of a gigabyte each
 
 
-def test_kernels_serve_the_cpu_and_cuda_says_why_nothing_does(run):
+def test_kernels_serve_the_cpu_and_cuda_has_a_reason(run):
     code = """
 import json, os, sys, torch, fastshape
 from fastshape.backends import cuda
@@ -85,21 +89,22 @@ def test_module_prints_it(run):
     assert "this torch has no CUDA" in rows["CUDA kernels: error"]
 
 
-def test_what_cannot_be_had_says_why(run, source):
-    asked = run("python", str(source / "setup.py"), "--version", check=False, FASTSHAPE_CUDA="1")
-    assert asked.returncode != 0
+def test_requests_that_cannot_be_met_raise_with_a_reason(run, source):
+    process = run("python", str(source / "setup.py"), "--version", check=False, FASTSHAPE_CUDA="1")
+    assert process.returncode != 0
     assert (
-        "FASTSHAPE_CUDA=1, but the CUDA kernels cannot be built: torch has no CUDA" in asked.stdout
+        "FASTSHAPE_CUDA=1, but the CUDA kernels cannot be built: torch has no CUDA"
+        in process.stdout
     )
-    asked = run("python", "-c", "import fastshape", check=False, FASTSHAPE_BACKEND="triton")
-    assert asked.returncode != 0
-    assert "FASTSHAPE_BACKEND=triton: Triton is not installed" in asked.stdout
-    # Where there is no CUDA, native asks for the CPU's kernels alone.
+    process = run("python", "-c", "import fastshape", check=False, FASTSHAPE_BACKEND="triton")
+    assert process.returncode != 0
+    assert "FASTSHAPE_BACKEND=triton: Triton is not installed" in process.stdout
+    # Without CUDA, native needs only the CPU kernels.
     run("python", "-c", "import fastshape", FASTSHAPE_BACKEND="native")
 
 
 def test_same_bits_as_the_reference(run):
-    # pytest itself, not `python -m pytest`, which would take fastshape from the current folder.
+    # `python -m pytest` would import fastshape from the current folder.
     tests = [str(ROOT / "tests" / name) for name in TESTS]
     printed = run("pytest", "-q", "-p", "no:cacheprovider", *tests).stdout
     assert " passed" in printed and "failed" not in printed

@@ -1,4 +1,4 @@
-"""BitMask: the packed layout, against numpy, and what a mask can do."""
+"""BitMask: its packed layout against numpy's, and its methods."""
 
 import copy
 import io
@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, awkward
+from tensors import DTYPES, awkward
 
 from fastshape import BitMask, rng_state
 
@@ -87,7 +87,7 @@ def test_first_samples_of_a_batch(memory_format):
         first = mask.first(count)
         assert first == BitMask.from_tensor(t[:count].contiguous(memory_format=memory_format))
     assert first is mask
-    with pytest.raises(ValueError, match="count=6.*batch of 5"):
+    with pytest.raises(ValueError, match="count=6.*this mask has 5 samples"):
         mask.first(6)
 
 
@@ -97,8 +97,8 @@ def test_random_equals_the_mask_of_shape():
     assert mask == BitMask.random((4, 5), 0.5, rng_state=state)
     assert not mask == BitMask.random((4, 5), 0.5, rng_state=rng_state(4))
     generator = torch.Generator().manual_seed(0)
-    drawn = BitMask.random((99,), 0.5, generator=generator)
-    assert drawn == BitMask.random((99,), 0.5, generator=torch.Generator().manual_seed(0))
+    mask = BitMask.random((99,), 0.5, generator=generator)
+    assert mask == BitMask.random((99,), 0.5, generator=torch.Generator().manual_seed(0))
 
 
 def test_save_load_copy():
@@ -113,7 +113,7 @@ def test_save_load_copy():
         assert other == mask and other.memory_format == mask.memory_format
 
 
-def test_refusals():
+def test_errors():
     bits = torch.zeros(2, dtype=torch.uint8)
     with pytest.raises(TypeError, match="uint8.*int64"):
         BitMask(bits.long(), (16,))

@@ -1,4 +1,4 @@
-"""attach(): which layers, what is recorded, what is shaped, and that nothing else is touched."""
+"""attach(): the choice of layers, the target pass, the shaping, and that nothing else changes."""
 
 import copy
 import pickle
@@ -35,13 +35,13 @@ class Tiny(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
         self.fc = nn.Linear(4, 2)
-        self.seen = []
+        self.maps = []
 
     def forward(self, x):
         a = self.conv1(x)
         b = self.relu(self.bn(a))
         c = self.relu(self.conv2(b))
-        self.seen = [a, b, c]
+        self.maps = [a, b, c]
         return self.fc(c.mean((2, 3)))
 
 
@@ -55,7 +55,7 @@ images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 targets = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
-# ---- which layers ----
+# ---- the choice of layers ----
 
 
 def test_the_reports_numbers():
@@ -133,7 +133,7 @@ def test_model_must_be_a_module():
         attach(lambda x: x, 1, mode="binarize")
 
 
-# ---- what is shaped ----
+# ---- shaping ----
 
 
 def test_random_shapes_the_output_of_the_layer(tiny):
@@ -143,7 +143,7 @@ def test_random_shapes_the_output_of_the_layer(tiny):
         tiny(images)
         torch.manual_seed(3)
         expected = fastshape.shape(plain, p_zero=0.5)
-        assert torch.equal(tiny.seen[0], expected)
+        assert torch.equal(tiny.maps[0], expected)
         assert attachment.fired == {"conv1": 1}
         mask = fastshape.BitMask.random(
             plain.shape, 0.5, rng_state=attachment._last_mask["conv1"][0]
@@ -152,7 +152,7 @@ def test_random_shapes_the_output_of_the_layer(tiny):
         assert 0.4 < attachment.density["conv1"] < 0.6
 
 
-def test_one_p_zero_a_layer(tiny):
+def test_one_p_zero_per_layer(tiny):
     with attach(tiny, [1, 2], p_zero=[0.1, 0.9]) as attachment:
         tiny(images)
         density = attachment.density
@@ -162,13 +162,13 @@ def test_one_p_zero_a_layer(tiny):
 def test_target_masks_are_those_of_the_target(tiny):
     tiny.eval()
     tiny(targets)
-    target_map = tiny.seen[0].detach()
+    target_map = tiny.maps[0].detach()
     tiny.train()
     with attach(tiny, 1, mode="target") as attachment:
         attachment.record(targets)
         plain = nn.functional.conv2d(images, tiny.conv1.weight, tiny.conv1.bias, padding=1)
         tiny(images)
-        assert torch.equal(tiny.seen[0], ((plain > 0) & (target_map > 0)).float())
+        assert torch.equal(tiny.maps[0], ((plain > 0) & (target_map > 0)).float())
         assert attachment.density["conv1"] == (target_map > 0).float().mean().item()
 
 
@@ -179,14 +179,14 @@ def test_product_multiplies_by_the_recorded_map(tiny):
         plain = conv(images, tiny.conv1.weight, tiny.conv1.bias, padding=1)
         recorded = conv(targets, tiny.conv1.weight, tiny.conv1.bias, padding=1)
         tiny(images).sum().backward()
-        assert torch.equal(tiny.seen[0], plain * recorded)
+        assert torch.equal(tiny.maps[0], plain * recorded)
         assert attachment.fired == {"conv1": 1}
 
 
 def test_binarize_only(tiny):
     with attach(tiny, 1, mode="binarize") as attachment:
         tiny(images)
-        assert set(tiny.seen[0].unique().tolist()) == {0.0, 1.0}
+        assert set(tiny.maps[0].unique().tolist()) == {0.0, 1.0}
         assert attachment.density == {"conv1": 1.0}
 
 
@@ -209,7 +209,7 @@ def test_at_eval(tiny):
     with attach(tiny, 1, p_zero=0.5, at_eval="binarize") as attachment:
         tiny(images)
         assert torch.equal(
-            tiny.seen[0],
+            tiny.maps[0],
             (
                 nn.functional.conv2d(images, tiny.conv1.weight, tiny.conv1.bias, padding=1) > 0
             ).float(),
@@ -223,19 +223,19 @@ def test_at_eval(tiny):
 
 
 @pytest.fixture
-def given(monkeypatch):
-    """Where the outputs of torch's own convolutions and batch norms were when they came out, in order."""
+def output_pointers(monkeypatch):
+    """The data pointers of the outputs of torch's convolutions and batch norms, in the order of the calls."""
     pointers = []
 
     def watch(module, method):
         real = getattr(module, method)
 
-        def watched(*args, **kwargs):
+        def wrapper(*args, **kwargs):
             output = real(*args, **kwargs)
             pointers.append(output.data_ptr())
             return output
 
-        monkeypatch.setattr(module, method, watched)
+        monkeypatch.setattr(module, method, wrapper)
 
     watch(nn.Conv2d, "_conv_forward")
     watch(nn.functional, "batch_norm")
@@ -243,7 +243,7 @@ def given(monkeypatch):
 
 
 class Keeping(nn.Conv2d):
-    """Needs its own output for backward."""
+    """A convolution whose backward needs its output."""
 
     def forward(self, x):
         return super().forward(x).exp()
@@ -262,29 +262,29 @@ def chain(conv=nn.Conv2d):
 @pytest.mark.parametrize("gradient", ("straight_through", "clipped", "zero"))
 @pytest.mark.parametrize("binarize", (True, False))
 @pytest.mark.parametrize(("after", "k"), (("conv", 0), ("bn", 1)))
-def test_output_of_conv_and_norm_is_overwritten(given, gradient, binarize, after, k):
-    """Neither needs its output for backward. No fresh map is made, and none is kept beyond bits."""
+def test_output_of_conv_and_norm_is_overwritten(output_pointers, gradient, binarize, after, k):
+    """Neither needs its output for backward. Shaping allocates no map and saves only bits."""
     torch.manual_seed(0)
     model = chain()
     maps = []
     model[k + 1].register_forward_pre_hook(lambda m, a: maps.append(a[0].data_ptr()))
     grads = []
     for inplace in (True, False):
-        if not inplace:  # another hook may keep the map
+        if not inplace:  # another hook may keep a reference to the map
             model[k].register_forward_hook(lambda *a: None)
         model.zero_grad()
         with attach(model, 1, after=after, p_zero=0.3, gradient=gradient, binarize=binarize):
             torch.manual_seed(1)
-            given.clear()
+            output_pointers.clear()
             y = model(images)
-            assert (maps[-1] == given[k]) == inplace
+            assert (maps[-1] == output_pointers[k]) == inplace
             y.square().sum().backward()
         grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         assert a is b is None or torch.equal(a, b)
 
 
-def test_in_place_allocates_and_saves_no_map(given):
+def test_in_place_allocates_and_saves_no_map(output_pointers):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     saved = []
     with attach(model, 1, p_zero=0.3):
@@ -296,9 +296,8 @@ def test_in_place_allocates_and_saves_no_map(given):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             y = model(images)
     maps = [t for t in saved if t.shape == (4, 4, 6, 6)]
-    assert [t.data_ptr() for t in maps] == given[
-        :1
-    ]  # the second convolution's input: the first one's output, shaped
+    # Autograd saves the input of the second convolution: the shaped output of the first.
+    assert [t.data_ptr() for t in maps] == output_pointers[:1]
     assert set(maps[0].unique().tolist()) == {0.0, 1.0}
     y.sum().backward()
 
@@ -306,8 +305,8 @@ def test_in_place_allocates_and_saves_no_map(given):
 @pytest.mark.parametrize(
     "case", ("keeping", "remembering", "another hook", "relu", "global hook", "no batch")
 )
-def test_in_place_only_where_nothing_else_needs_the_map(tiny, case, given):
-    """Here overwriting would break backward, or what somebody else holds."""
+def test_in_place_only_where_nothing_else_needs_the_map(tiny, case, output_pointers):
+    """Overwriting would break backward or change a map that other code holds."""
     torch.manual_seed(0)
     model = chain({"keeping": Keeping, "remembering": Remembering}.get(case, nn.Conv2d))
     layers, held = "2" if case == "relu" else "0", []
@@ -336,7 +335,7 @@ def test_in_place_only_where_nothing_else_needs_the_map(tiny, case, given):
     assert model[0].weight.grad is not None
 
 
-def test_only_what_the_module_itself_made_is_overwritten():
+def test_only_the_modules_own_output_is_overwritten():
     conv = nn.Conv2d(3, 4, 3)
     z = conv(images)
     assert output_is_free(conv, z) and output_is_free(conv, z.detach())
@@ -344,25 +343,25 @@ def test_only_what_the_module_itself_made_is_overwritten():
     assert not output_is_free(conv, torch.ones(3, requires_grad=True))
 
 
-def test_without_a_graph_the_map_is_overwritten_too(given):
+def test_without_a_graph_the_map_is_overwritten_too(output_pointers):
     model = chain().eval()
     for context in (torch.no_grad, torch.inference_mode):
         with attach(model, 1, after="conv", mode="binarize", at_eval="on"), context():
-            given.clear()
-            seen = []
+            output_pointers.clear()
+            pointers = []
             handle = model[1].register_forward_pre_hook(
-                lambda m, a, seen=seen: seen.append(a[0].data_ptr())
+                lambda m, a, pointers=pointers: pointers.append(a[0].data_ptr())
             )
             model(images)
             handle.remove()
-            assert seen == given[:1]
+            assert pointers == output_pointers[:1]
 
 
 # ---- checkpointing ----
 
 
 class Checkpointed(nn.Module):
-    """Tiny with one or both of two parts, one in the other, computed again in backward."""
+    """Tiny with two nested parts. Backward computes one or both of them again."""
 
     def __init__(self, parts=(), use_reentrant=None):
         super().__init__()
@@ -384,7 +383,7 @@ class Checkpointed(nn.Module):
         return self.tiny.fc(self.again("outer", self.outer, x).mean((2, 3)))
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs")  # while recording
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # in the target pass
 @pytest.mark.parametrize("use_reentrant", (True, False))
 @pytest.mark.parametrize("parts", (("inner",), ("outer",), ("inner", "outer"), ("model",)))
 @pytest.mark.parametrize("mode", MODES)
@@ -396,9 +395,9 @@ def test_checkpointing_changes_nothing(mode, parts, use_reentrant):
     for model in models:
         model.double()
         p_zero = 0.3 if mode == "random" else None
-        # Running statistics, of which recording in evaluation is a function, move again with what is computed again.
+        # Computing a part again moves its running statistics again, and a target pass in evaluation mode depends on them.
         attachment = attach(model, "tiny.*", mode=mode, p_zero=p_zero, record_mode="train")
-        for seed in (1, 2):  # each step with the maps of its own record
+        for seed in (1, 2):  # each step uses the maps of its own record
             torch.manual_seed(seed)
             if mode in ("target", "product"):
                 attachment.record(torch.randn(targets.shape).double())
@@ -416,7 +415,7 @@ def test_checkpointing_changes_nothing(mode, parts, use_reentrant):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs")
 @pytest.mark.parametrize("use_reentrant", (True, False))
-def test_what_is_checkpointed_has_the_maps_of_its_forward_or_none(use_reentrant):
+def test_checkpoints_use_the_maps_of_their_forward_or_raise(use_reentrant):
     model = Checkpointed(("inner",), use_reentrant)
     with attach(model, "tiny.conv1", mode="target") as attachment:
         attachment.record(targets)
@@ -425,26 +424,28 @@ def test_what_is_checkpointed_has_the_maps_of_its_forward_or_none(use_reentrant)
         attachment.record(images)
         second = model(x).sum()
         second.backward()
-        with pytest.raises(RuntimeError, match="went with a later record: call backward before"):
+        with pytest.raises(
+            RuntimeError, match="a later record replaced the maps that backward needs"
+        ):
             first.backward()
 
 
 def test_a_pickled_record_serves_checkpoints_elsewhere():
-    """Threads number autograd's nodes each from 0, as processes do."""
+    """Each thread counts its autograd nodes from 0, as each process does."""
     model = Checkpointed(("inner",), use_reentrant=False)
     for _ in range(9):
         model(images)
     attachment = attach(model, "tiny.conv1", mode="target")
     attachment.record(targets)
-    copied = pickle.loads(pickle.dumps(model))
+    unpickled = pickle.loads(pickle.dumps(model))
     with ThreadPoolExecutor() as pool:
-        pool.submit(lambda: copied(images).sum().backward()).result()
+        pool.submit(lambda: unpickled(images).sum().backward()).result()
     model(images).sum().backward()
-    assert torch.equal(copied.tiny.conv1.weight.grad, model.tiny.conv1.weight.grad)
+    assert torch.equal(unpickled.tiny.conv1.weight.grad, model.tiny.conv1.weight.grad)
 
 
 @pytest.mark.parametrize("use_reentrant", (True, False))
-def test_checkpointed_calls_that_cannot_be_told_apart_are_refused(use_reentrant, tiny):
+def test_two_checkpointed_calls_of_a_layer_are_an_error(use_reentrant, tiny):
     with attach(tiny, "relu", mode="target") as attachment:
         attachment.record(targets)
         x = images.clone().requires_grad_()
@@ -462,31 +463,31 @@ def test_checkpointed_calls_that_cannot_be_told_apart_are_refused(use_reentrant,
 def test_shared_relu_fires_twice_and_each_call_has_its_own_map(tiny):
     tiny.eval()
     tiny(targets)
-    first, second = (t.detach() > 0 for t in tiny.seen[1:])
+    first, second = (t.detach() > 0 for t in tiny.maps[1:])
     tiny.train()
     with attach(tiny, "relu", mode="target") as attachment:
         attachment.record(targets)
         tiny(images)
         assert attachment.fired == {"relu": 2}
         assert (
-            not (tiny.seen[1].bool() & ~first).any() and not (tiny.seen[2].bool() & ~second).any()
+            not (tiny.maps[1].bool() & ~first).any() and not (tiny.maps[2].bool() & ~second).any()
         )
         assert not torch.equal(first, second)
 
 
 def test_resnet_in_place_relu_and_add_do_not_reach_the_record():
-    """bn2's output is added to and then rectified in place: the recorded map must be what bn2 gave."""
+    """The block adds to bn2's output and rectifies it in place. The recorded map must be the output of bn2."""
     model = resnet18().eval()
-    given = []
+    outputs = []
     handle = model.layer1[0].bn2.register_forward_hook(
-        lambda m, a, out: given.append(out.detach().clone())
+        lambda m, a, out: outputs.append(out.detach().clone())
     )
     with attach(model, "layer1.0.bn2", mode="target") as attachment:
         attachment.record(targets)
         handle.remove()
         recorded = attachment._recorded["layer1.0.bn2"][0]
-    assert torch.equal(recorded.to_bool(), given[0] > 0)
-    # bn2 is negative about half the time; the rectified sum is never.
+    assert torch.equal(recorded.to_bool(), outputs[0] > 0)
+    # About half of bn2's output is negative. The rectified sum is never negative.
     assert 0.2 < recorded.density() < 0.8
 
 
@@ -506,7 +507,7 @@ def test_recording_stops_at_the_deepest_layer():
 
 
 class Branching(nn.Module):
-    """Control flow that depends on data: cannot be traced ahead of the first pass."""
+    """Control flow that depends on data, so that the model cannot be traced."""
 
     def __init__(self):
         super().__init__()
@@ -534,9 +535,9 @@ def test_untraceable_model_learns_where_to_stop_in_its_first_pass():
 
 @pytest.mark.parametrize("record_mode", ("eval", "train"))
 @pytest.mark.parametrize("training", (True, False))
-def test_record_mode_says_whether_statistics_move(tiny, record_mode, training):
+def test_record_mode_decides_whether_statistics_move(tiny, record_mode, training):
     tiny.train(training)
-    tiny.conv2.eval()  # a flag of its own, to be put back
+    tiny.conv2.eval()  # its own flag, which must be restored
     before = copy.deepcopy(tiny.bn.state_dict())
     with attach(tiny, 2, mode="target", record_mode=record_mode) as attachment:
         attachment.record(targets)
@@ -545,7 +546,7 @@ def test_record_mode_says_whether_statistics_move(tiny, record_mode, training):
     assert tiny.training == training and tiny.bn.training == training and not tiny.conv2.training
 
 
-def test_recording_builds_no_graph_and_keeps_bits_alone(tiny):
+def test_recording_builds_no_graph_and_keeps_only_bits(tiny):
     def forbidden(t):
         raise AssertionError("a tensor was saved for backward")
 
@@ -565,26 +566,26 @@ def test_recording_draws_nothing_and_shapes_nothing(tiny):
         assert attachment.fired == {"conv1": 0}
 
 
-def test_smaller_source_batch_is_served_larger_is_an_error(tiny):
+def test_a_source_batch_may_be_smaller_but_not_larger(tiny):
     with attach(tiny, 1, mode="target") as attachment:
         attachment.record(targets)
         tiny(images[:3])
         expected = (
             nn.functional.conv2d(images[:3], tiny.conv1.weight, tiny.conv1.bias, padding=1) > 0
         ) & (nn.functional.conv2d(targets[:3], tiny.conv1.weight, tiny.conv1.bias, padding=1) > 0)
-        assert torch.equal(tiny.seen[0].bool(), expected)
+        assert torch.equal(tiny.maps[0].bool(), expected)
         with pytest.raises(
-            ValueError, match="a source batch of 8 needs as many.*target batch had 4"
+            ValueError, match="a source batch of 8 needs as many.*target batch had only 4"
         ):
             tiny(torch.cat([images, images]))
-        with pytest.raises(ValueError, match="differ in the batch alone"):
+        with pytest.raises(ValueError, match="only the batch size may differ"):
             tiny(torch.randn(4, 3, 9, 9))
 
 
 @pytest.mark.parametrize("mode", ("target", "product"))
 def test_nothing_recorded_is_an_error(tiny, mode):
     with attach(tiny, 1, mode=mode) as attachment:
-        with pytest.raises(RuntimeError, match="nothing was recorded for 'conv1'"):
+        with pytest.raises(RuntimeError, match="nothing is recorded for 'conv1'"):
             tiny(images)
         attachment.record(targets)
         tiny(images)
@@ -595,17 +596,17 @@ def test_nothing_recorded_is_an_error(tiny, mode):
         attachment.record(targets)
 
 
-def test_failed_record_leaves_nothing_half_done(tiny):
+def test_a_failed_record_leaves_no_maps(tiny):
     with attach(tiny, [1, 2], mode="target") as attachment:
         attachment.record(targets)
         with pytest.raises(RuntimeError):
             attachment.record(torch.randn(4, 5, 8, 8))
         assert tiny.training
-        with pytest.raises(RuntimeError, match="nothing was recorded"):
+        with pytest.raises(RuntimeError, match="nothing is recorded"):
             tiny(images)
 
 
-def test_module_that_gives_no_tensor():
+def test_a_module_that_returns_no_tensor():
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
@@ -616,12 +617,12 @@ def test_module_that_gives_no_tensor():
 
     with (
         attach(Pair(), "lstm", mode="binarize") as attachment,
-        pytest.raises(TypeError, match="'lstm' gives a tuple"),
+        pytest.raises(TypeError, match="'lstm' returns a tuple"),
     ):
         attachment.model(torch.randn(2, 5, 3))
 
 
-# ---- nothing else is touched ----
+# ---- nothing else changes ----
 
 
 def test_remove_leaves_the_model_as_it_was():
@@ -644,13 +645,13 @@ def test_copies_have_an_attachment_of_their_own(tiny):
     attachment = attach(tiny, 1, mode="target")
     attachment.record(targets)
     for other in (copy.deepcopy(tiny), pickle.loads(pickle.dumps(tiny))):
-        (found,) = fastshape.attachments(other)
-        assert found is not attachment and found.model is other
+        (attachment_of_copy,) = fastshape.attachments(other)
+        assert attachment_of_copy is not attachment and attachment_of_copy.model is other
         other(images)
         tiny(images)
-        assert torch.equal(other.seen[0], tiny.seen[0])
-        assert found.fired == {"conv1": 1}
-        found.remove()
+        assert torch.equal(other.maps[0], tiny.maps[0])
+        assert attachment_of_copy.fired == {"conv1": 1}
+        attachment_of_copy.remove()
         assert not fastshape.attachments(other) and not other.conv1._forward_hooks
     assert fastshape.attachments(tiny) == [attachment] and attachment.fired == {"conv1": 2}
 
@@ -697,7 +698,7 @@ def test_compiled_model_is_shaped_at_every_call(tiny):
 
 @pytest.mark.parametrize("compiled_before", (False, True))
 def test_compiled_model_with_equal_blocks_is_shaped_in_the_chosen_one(compiled_before):
-    """The compiler reuses a block's code for an equal block; a hook makes it another block."""
+    """The compiler reuses the code of a block for an equal block. A block with a hook needs its own code."""
     torch._dynamo.reset()
     model = resnet18()
     compiled = torch.compile(model, backend="eager")
@@ -719,7 +720,7 @@ class Optional(nn.Module):
         return self.conv2(y) if extra is not None else self.conv2(self.conv2(y))
 
 
-def test_what_the_caller_leaves_out_decides_how_far_recording_goes():
+def test_omitted_arguments_decide_where_recording_ends():
     with attach(Optional(), 2, mode="target") as attachment:
         for inputs, calls in (((targets,), 2), ((targets, images), 1), ((targets, None), 2)):
             attachment.record(*inputs)
@@ -758,13 +759,13 @@ def test_parts_of_a_batch_have_the_parts_of_its_mask(memory_format, starts):
     assert ones == pytest.approx(density)
 
 
-def test_a_part_that_begins_within_a_draw_is_refused():
+def test_a_part_that_begins_within_a_draw_is_an_error():
     model = nn.Sequential(nn.Linear(5, 12))
     with attach(model, "0", p_zero=0.5) as attachment:
-        attachment.first_sample = 2  # 24 elements: three draws
+        attachment.first_sample = 2  # 24 elements are three draws
         model(torch.randn(3, 5))
         attachment.first_sample = 1
-        with pytest.raises(ValueError, match="first_sample=1: '0' gives 12 elements a sample"):
+        with pytest.raises(ValueError, match="first_sample=1: '0' has 12 elements per sample"):
             model(torch.randn(3, 5))
 
 

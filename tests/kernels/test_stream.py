@@ -1,4 +1,4 @@
-"""One random stream: Philox4x32-10, numbered by element, against oracles that are not ours."""
+"""The random stream, Philox4x32-10 numbered by element, against independent implementations and published answers."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def state_of(seed: int, offset: int) -> torch.Tensor:
 
 
 def python_philox(seed: int, offset: int, high: int = 0) -> tuple[int, ...]:
-    """Philox4x32-10 in Python's unbounded integers, written from the paper. `high`: the counter's upper 64 bits, ours are 0."""
+    """Philox4x32-10 in Python integers, written from the paper. `high` is the upper half of the counter; fastshape has 0."""
     word = 2**32 - 1
     key = [seed & word, seed >> 32]
     counter = [offset & word, offset >> 32, high & word, high >> 32]
@@ -36,10 +36,10 @@ def python_philox(seed: int, offset: int, high: int = 0) -> tuple[int, ...]:
 
 
 def test_known_answers_of_the_random123_distribution(kernels):
-    known = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
-    assert python_philox(0, 0) == known
-    assert kernels.philox_words(0, 0) == known
-    # Every bit of key and counter set; and the digits of pi. They vouch for the oracle that the others are held to.
+    answers = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert python_philox(0, 0) == answers
+    assert kernels.philox_words(0, 0) == answers
+    # Key and counter with all bits set, and with the digits of pi. These answers verify the oracle of the other tests.
     ones = 2**64 - 1
     assert python_philox(ones, ones, ones) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
     pi = python_philox(0x299F31D0A4093822, 0x85A308D3243F6A88, 0x0370734413198A2E)
@@ -61,12 +61,14 @@ def test_reference_and_header_agree_with_the_paper(kernels, seed, offset):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("offset", (0, 1, 2**32 - 9, 2**32, 2**63 - 9, 2**64 - 9))
 def test_reference_agrees_with_torch(seed, offset):
-    drawn = torch.empty(64, dtype=torch.int32)
-    torch.ops.aten._philox_randint_(drawn, torch.tensor([seed, offset], dtype=torch.uint64))
+    words_of_torch = torch.empty(64, dtype=torch.int32)
+    torch.ops.aten._philox_randint_(
+        words_of_torch, torch.tensor([seed, offset], dtype=torch.uint64)
+    )
     state = state_of(seed, offset)
-    # 16 calls, which on their way carry into the high word, or wrap at 2^64.
+    # The offsets of 16 calls carry into the high word or wrap at 2^64.
     words = reference.philox_words(state[0], state[1] + torch.arange(16)).reshape(-1)
-    assert torch.equal(words, drawn.long() & 0xFFFFFFFF)
+    assert torch.equal(words, words_of_torch.long() & 0xFFFFFFFF)
 
 
 def test_element_takes_its_half_word_low_half_first():
@@ -92,12 +94,12 @@ def test_packed_mask_equals_reference_for_every_chunking(kernels, p_zero, simd):
 def test_share_of_zeros_is_p_zero(p_zero):
     n = 2**20
     density = fastshape.BitMask.random((n,), p_zero, rng_state=fastshape.rng_state(11)).density()
-    # Five standard deviations of a binomial share.
+    # The bound is five standard deviations of a binomial share.
     assert abs((1 - density) - p_zero) < 5 * (p_zero * (1 - p_zero) / n) ** 0.5
 
 
 def test_threshold_rounds_half_to_even(kernels):
-    # 0.5 / 65536 and 1.5 / 65536 are ties: to 0 (keep all) and to 2.
+    # 0.5 / 65536 and 1.5 / 65536 are ties. They round to 0 (keep all) and to 2.
     state, n = fastshape.rng_state(1), 2**20
     halves = reference.philox_words(state[0], state[1] + torch.arange(n // 8))
     halves = torch.stack([halves & 0xFFFF, halves >> 16], -1).reshape(-1)

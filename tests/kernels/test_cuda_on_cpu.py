@@ -1,7 +1,7 @@
-"""The CUDA kernels' source, compiled as C++ and run a warp at a time: the same bits as the reference, without a GPU.
+"""The source of the CUDA kernels, compiled as C++ and run one warp at a time without a GPU, equals the reference bit for bit.
 
-A warp's 32 lanes run in turn, each to the next exchange. That proves the arithmetic, who owns which byte, the tails and the
-bounds; it proves nothing about memory models, speed or the launch.
+The 32 lanes of a warp run in turn, each until its next exchange. This tests the arithmetic, the ownership of bytes, the tails
+and the bounds. It does not test memory models, speed or the launch.
 """
 
 import ctypes
@@ -15,21 +15,21 @@ from random import Random
 
 import pytest
 import torch
-from conftest import DTYPES, as_bits, awkward
+from tensors import DTYPES, as_bits, awkward
 
 from fastshape import reference
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent / "csrc"
+CSRC = HERE.parents[1] / "csrc"
 CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3, torch.bool: 4}
-# At and around a mask byte, a tile (256) and a step of several tiles (256, 512 or 1024), and several rounds of the grid.
+# Sizes around a mask byte, a tile (256) and a step of several tiles (256, 512 or 1024); the largest makes blocks loop.
 SIZES = (0, 1, 7, 8, 9, 255, 256, 257, 1023, 1024, 1025, 3001, 12_007)
 STATE = torch.tensor([1234567, 2**32 - 2])
-GUARD = 16  # elements before and after, which must stay as they are
+GUARD = 16  # elements before and after a tensor, which must not change
 
 
 class Pointer:
-    """A tensor, or None, as a C function's argument."""
+    """Passes a tensor or None to a C function."""
 
     @classmethod
     def from_param(cls, t: torch.Tensor | None) -> ctypes.c_void_p:
@@ -37,7 +37,7 @@ class Pointer:
 
 
 TYPES = {"p": Pointer, "i": ctypes.c_int, "l": ctypes.c_int64, "d": ctypes.c_double}
-SIGNATURES = {  # of emulation.cpp
+SIGNATURES = {  # the functions of emulation.cpp
     "ones": "ippplppd",
     "count": "plllp",
     "normalize": "ppippiiddiipllpp",
@@ -51,7 +51,7 @@ SIGNATURES = {  # of emulation.cpp
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulation(tmp_path_factory):
     compiler = shutil.which("c++")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("needs a C++ compiler on x86-64")
@@ -75,8 +75,8 @@ def emulated(tmp_path_factory):
         for source, target in zip(sources, objects, strict=True)
     ]
     assert [process.wait(timeout=300) for process in compilers] == [0] * len(sources)
-    subprocess.run([*command, "-shared", *objects, "-o", folder / "emulated.so"], check=True)
-    library = ctypes.CDLL(str(folder / "emulated.so"))
+    subprocess.run([*command, "-shared", *objects, "-o", folder / "emulation.so"], check=True)
+    library = ctypes.CDLL(str(folder / "emulation.so"))
     for name, codes in SIGNATURES.items():
         getattr(library, name).argtypes = [TYPES[code] for code in codes]
     library.partials.restype = library.divided.restype = ctypes.c_int64
@@ -87,8 +87,8 @@ def pointer(t: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(t.data_ptr() if t is not None else None)
 
 
-def guarded(t: torch.Tensor, shift: int) -> torch.Tensor:
-    """A storage with a copy of t inside; aligned to 16 bytes where shift is 0."""
+def guarded_storage(t: torch.Tensor, shift: int) -> torch.Tensor:
+    """A storage with a copy of t between guards. The copy is aligned to 16 bytes if shift is 0."""
     storage = torch.full((t.numel() + 2 * GUARD + shift,), 7, dtype=t.dtype)
     inside(storage, shift, t.numel()).copy_(t)
     return storage
@@ -105,7 +105,7 @@ def assert_guards(storage: torch.Tensor, shift: int, n: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ("random", "bits", "none"))
 @pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "misaligned"))
-def test_shape(emulated, dtype, kind, shift):
+def test_shape(emulation, dtype, kind, shift):
     for n in SIZES:
         x = awkward(n, dtype)
         bits = reference.pack(awkward(n, torch.float32, seed=9)) if kind == "bits" else None
@@ -116,11 +116,11 @@ def test_shape(emulated, dtype, kind, shift):
             (True, True, False),
         ):
             expected, expected_within = reference.shape_clipped(x, state, bits, 0.37, binarize)
-            source = guarded(x, shift)
-            target = source if inplace else guarded(torch.zeros_like(x), shift)
+            source = guarded_storage(x, shift)
+            target = source if inplace else guarded_storage(torch.zeros_like(x), shift)
             y = inside(target, shift, n)
             within = torch.full(((n + 7) // 8 + 8,), 0xAA, dtype=torch.uint8) if clipped else None
-            error = emulated.shape(
+            error = emulation.shape(
                 CODES[dtype],
                 pointer(inside(source, shift, n)),
                 pointer(y),
@@ -138,53 +138,53 @@ def test_shape(emulated, dtype, kind, shift):
 
 
 @pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "misaligned"))
-def test_pack_and_unpack(emulated, shift):
+def test_pack_and_unpack(emulation, shift):
     for n in SIZES:
         for dtype in (*DTYPES, torch.bool):
             x = torch.randn(n) > 0 if dtype == torch.bool else awkward(n, dtype)
-            storage = guarded(x, shift)
+            storage = guarded_storage(x, shift)
             x = inside(storage, shift, n)
             bits = torch.full(((n + 7) // 8 + 8,), 0xAA, dtype=torch.uint8)
-            assert emulated.pack(CODES[dtype], pointer(x), pointer(bits), ctypes.c_int64(n)) == 0
+            assert emulation.pack(CODES[dtype], pointer(x), pointer(bits), ctypes.c_int64(n)) == 0
             assert torch.equal(bits[:-8], reference.pack(x)) and (bits[-8:] == 0xAA).all()
-        out = guarded(torch.zeros(n, dtype=torch.uint8), shift)
+        out = guarded_storage(torch.zeros(n, dtype=torch.uint8), shift)
         values = inside(out, shift, n)
-        assert emulated.unpack(pointer(bits), pointer(values), ctypes.c_int64(n)) == 0
+        assert emulation.unpack(pointer(bits), pointer(values), ctypes.c_int64(n)) == 0
         assert torch.equal(values, reference.unpack(bits[:-8], n).byte())
         assert_guards(out, shift, n)
 
 
 @pytest.mark.parametrize("p_zero", (0.0, 0.3, 1 - 1e-9))
 @pytest.mark.parametrize("offset", (0, 2**32 - 3, -3), ids=("0", "2^32-3", "2^64-3"))
-def test_pack_random(emulated, p_zero, offset):
+def test_pack_random(emulation, p_zero, offset):
     state = torch.tensor([-5, offset])
     for n in SIZES:
         bits = torch.full(((n + 7) // 8 + 8,), 0xAA, dtype=torch.uint8)
-        error = emulated.pack_random(
+        error = emulation.pack_random(
             pointer(state), ctypes.c_double(p_zero), pointer(bits), ctypes.c_int64(n)
         )
         assert error == 0 and torch.equal(bits[:-8], reference.pack_random(state, n, p_zero))
         assert (bits[-8:] == 0xAA).all()
 
 
-def test_grid_is_sized_from_the_device_and_changes_nothing(emulated):
+def test_grid_is_sized_from_the_device_and_changes_nothing(emulation):
     n = 60_011
     x = awkward(n, torch.float16)
     expected = reference.shape(x, STATE, None, 0.5, True)
     grids = []
     try:
         for multiprocessors, blocks in ((1, 1), (2, 1), (100, 8)):
-            emulated.set_device(multiprocessors, blocks)
+            emulation.set_device(multiprocessors, blocks)
             y = torch.empty_like(x)
-            emulated.shape(
+            emulation.shape(
                 0, pointer(x), pointer(y), None, ctypes.c_int64(n), pointer(STATE), None,
                 ctypes.c_double(0.5), 1,
             )  # fmt: skip
             assert torch.equal(as_bits(y), as_bits(expected))
-            grids.append(emulated.last_grid())
+            grids.append(emulation.last_grid())
     finally:
-        emulated.set_device(2, 1)
-    # 58 steps and three tiles of the tail: 61 warps of work, 8 a block.
+        emulation.set_device(2, 1)
+    # 58 steps and three plain tiles are work for 61 warps, 8 per block.
     assert grids == [4, 8, 8]
 
 
@@ -207,23 +207,23 @@ def bits_for(n: int) -> torch.Tensor:
     return torch.full(((n + 7) // 8,), 0xAA, dtype=torch.uint8)
 
 
-def placed(t: torch.Tensor, shift: int):
-    """(storage with guards, a tensor inside it like t); aligned to 16 bytes where shift is 0."""
-    storage = guarded(flat(t), shift)
+def guarded_view(t: torch.Tensor, shift: int):
+    """(storage with guards, a copy of t in it). The copy is aligned to 16 bytes if shift is 0."""
+    storage = guarded_storage(flat(t), shift)
     return storage, inside(storage, shift, t.numel()).as_strided(
         t.size(), t.stride(), GUARD + shift
     )
 
 
 def assert_equal_numbers(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """The same bits, but that a NaN is a NaN."""
+    """Equal bits, except that any NaN equals any other."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     same = as_bits(actual) == as_bits(expected)
     assert (same | (actual.isnan() & expected.isnan())).all()
 
 
 class Layer:
-    """What a BatchNorm2d has, with weights of both signs and one that is 0."""
+    """The parameters and settings of a BatchNorm2d. The weights have both signs, and one is 0."""
 
     def __init__(
         self, channels, *, affine=True, tracks=True, training=True, relu=True, dtype=torch.float32
@@ -245,12 +245,12 @@ class Layer:
 
     @property
     def parameters(self) -> tuple:
-        """For C: weight, bias and the code of their dtype."""
+        """weight, bias and the code of their dtype, as arguments of the C functions."""
         code = CODES[self.weight.dtype] if self.weight is not None else 0
         return self.weight, self.bias, code
 
     def reference_forward(self, x, masks, p_zero, clipped):
-        """y, ones, within_one, statistics, running statistics: those of the layer stay as they are."""
+        """y, ones, within_one, statistics and running statistics. The layer's own running statistics do not change."""
         running = [None if t is None else t.clone() for t in self.running]
         out = reference.shaped_batch_norm(
             x, *masks, p_zero, self.weight, self.bias, *running, self.training, 0.1, 1e-5, self.relu, clipped
@@ -262,42 +262,44 @@ class Layer:
             grad, ones, statistics, *masks, p_zero, self.weight, self.bias, self.training, self.relu, True
         )  # fmt: skip
 
-    def emulated_forward(self, emulated, x, y, masks, p_zero, clipped):
+    def emulated_forward(self, emulation, x, y, masks, p_zero, clipped):
         n, channels = x.numel(), x.shape[1]
         ones, within_one = bits_for(n), bits_for(n if clipped else 0)
         code, running = CODES[x.dtype], [None if t is None else t.clone() for t in self.running]
-        assert emulated.ones(code, x, ones, within_one if clipped else None, n, *masks, p_zero) == 0
+        assert (
+            emulation.ones(code, x, ones, within_one if clipped else None, n, *masks, p_zero) == 0
+        )
         counts = torch.full((channels if self.training else 0,), 77)
         if self.training:
-            assert emulated.count(ones, n, channels, inner_of(x), counts) == 0
+            assert emulation.count(ones, n, channels, inner_of(x), counts) == 0
         statistics = torch.full((2, channels), 7.0, dtype=torch.float64)
         table = torch.full((2, channels), 7, dtype=x.dtype)
         assert (
-            emulated.normalize(
+            emulation.normalize(
                 *self.parameters, *running, CODES[torch.float32], self.training, 0.1, 1e-5, self.relu, code,
                 counts if self.training else None, n, channels, statistics, table,
             )
             == 0
         )  # fmt: skip
-        assert emulated.look_up(code, ones, n, channels, inner_of(x), table, y) == 0
+        assert emulation.look_up(code, ones, n, channels, inner_of(x), table, y) == 0
         return ones, within_one, statistics, running
 
-    def emulated_sums(self, emulated, grad, ones):
+    def emulated_sums(self, emulation, grad, ones):
         """float64 (parts, 2, channels)."""
         shape = grad.numel(), grad.shape[1], inner_of(grad)
-        parts = torch.full((emulated.partials(*shape), 2, grad.shape[1]), 7.0, dtype=torch.float64)
-        assert emulated.sums(CODES[grad.dtype], grad, ones, *shape, parts) == 0
+        parts = torch.full((emulation.partials(*shape), 2, grad.shape[1]), 7.0, dtype=torch.float64)
+        assert emulation.sums(CODES[grad.dtype], grad, ones, *shape, parts) == 0
         return parts
 
-    def emulated_backward(self, emulated, grad, dx, ones, statistics, masks, p_zero):
+    def emulated_backward(self, emulation, grad, dx, ones, statistics, masks, p_zero):
         """d(weight), d(bias) and the coefficients; writes dx."""
         n, channels = grad.numel(), grad.shape[1]
-        parts = self.emulated_sums(emulated, grad, ones)
+        parts = self.emulated_sums(emulation, grad, ones)
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         coefficients = torch.full((4, channels), 7, dtype=wide)
         grads = [None if t is None else torch.full_like(t, 7) for t in (self.weight, self.bias)]
         assert (
-            emulated.differentiate(
+            emulation.differentiate(
                 *self.parameters, self.training, self.relu, CODES[grad.dtype], statistics, parts,
                 len(parts), n, channels, *grads, coefficients,
             )
@@ -305,7 +307,7 @@ class Layer:
         )  # fmt: skip
         shape = n, channels, inner_of(grad)
         assert (
-            emulated.grad_input(
+            emulation.grad_input(
                 CODES[grad.dtype], grad, ones, *shape, *masks, p_zero, coefficients, dx
             )
             == 0
@@ -320,25 +322,25 @@ def mask_of(kind: str, n: int) -> tuple:
 
 
 def images_of(channels: int, plane: tuple) -> int:
-    """1 to 5, another for another shape."""
+    """A number of images from 1 to 5 that varies with the shape."""
     return (channels + plane[0]) % 5 + 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("kind", ("random", "bits", "none"))
-def test_batch_norm_forward(emulated, dtype, memory_format, kind):
+def test_batch_norm_forward(emulation, dtype, memory_format, kind):
     for case, (channels, plane) in enumerate(product(CHANNELS, PLANES)):
         shape = (images_of(channels, plane), channels, *plane)
         x = awkward(math.prod(shape), dtype).view(shape).contiguous(memory_format=memory_format)
         masks, shift, clipped = mask_of(kind, x.numel()), case % 2, case % 3 == 0
         layer = Layer(channels, relu=case % 4 != 1, affine=case % 5 != 2, training=case % 6 != 5)
         y, *expected = layer.reference_forward(x, masks, 0.37, clipped)
-        source, given = placed(x, shift)
+        source, inner_map = guarded_view(x, shift)
         before = source.clone()
-        target, actual = (source, given) if case % 2 else placed(torch.zeros_like(x), 0)
+        target, actual = (source, inner_map) if case % 2 else guarded_view(torch.zeros_like(x), 0)
         ones, within, statistics, running = layer.emulated_forward(
-            emulated, given, actual, masks, 0.37, clipped
+            emulation, inner_map, actual, masks, 0.37, clipped
         )
         assert torch.equal(ones, expected[0]) and torch.equal(within, expected[1])
         assert_equal_numbers(statistics, expected[2])
@@ -352,8 +354,8 @@ def test_batch_norm_forward(emulated, dtype, memory_format, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("kind", ("random", "bits", "none"))
-def test_batch_norm_backward(emulated, dtype, memory_format, kind):
-    """Gradients that are eighths of small integers: their sums are exact in every order, so that all is bit for bit."""
+def test_batch_norm_backward(emulation, dtype, memory_format, kind):
+    """Gradients are eighths of small integers. Their sums are exact in any order, so that all bits must be equal."""
     for case, (channels, plane) in enumerate(product(CHANNELS, PLANES)):
         shape = (images_of(channels, plane), channels, *plane)
         x = awkward(math.prod(shape), dtype).view(shape).contiguous(memory_format=memory_format)
@@ -367,10 +369,12 @@ def test_batch_norm_backward(emulated, dtype, memory_format, kind):
         grad = torch.randint(-16, 17, shape, generator=generator).to(dtype) / 8
         grad = grad.contiguous(memory_format=memory_format)
         dx, *expected = layer.reference_backward(grad, ones, statistics, masks, 0.37)
-        source, given = placed(grad, shift)
-        target, actual = placed(torch.zeros_like(grad), shift)
+        source, inner_map = guarded_view(grad, shift)
+        target, actual = guarded_view(torch.zeros_like(grad), shift)
         before = source.clone()
-        *grads, _ = layer.emulated_backward(emulated, given, actual, ones, statistics, masks, 0.37)
+        *grads, _ = layer.emulated_backward(
+            emulation, inner_map, actual, ones, statistics, masks, 0.37
+        )
         assert_equal_numbers(actual, dx)
         if layer.weight is not None:
             assert_equal_numbers(grads[0], expected[0])
@@ -381,16 +385,16 @@ def test_batch_norm_backward(emulated, dtype, memory_format, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-def test_sums_are_within_their_bound(emulated, dtype, memory_format):
-    """Many and few rows, one and several chunks a plane; at any alignment the same bits."""
+def test_sums_are_within_their_bound(emulation, dtype, memory_format):
+    """Many and few rows, one and several chunks per plane. The bits do not depend on the alignment."""
     for shape in ((2, 3, 95, 97), (3, 72, 9, 31), (1, 5, 1, 1), (300, 2, 3, 2), (2, 260, 3, 3)):
         n = math.prod(shape)
         grad = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
         grad = (grad * 100).to(dtype).view(shape).contiguous(memory_format=memory_format)
         ones = reference.pack(awkward(n, torch.float32, seed=3))
         layer = Layer(shape[1])
-        parts = layer.emulated_sums(emulated, placed(grad, 0)[1], ones)
-        assert torch.equal(parts, layer.emulated_sums(emulated, placed(grad, 1)[1], ones))
+        parts = layer.emulated_sums(emulation, guarded_view(grad, 0)[1], ones)
+        assert torch.equal(parts, layer.emulated_sums(emulation, guarded_view(grad, 1)[1], ones))
         a = reference.unpack(ones, n).as_strided(grad.size(), grad.stride())
         unit = n * 2**-53 + (0 if dtype == torch.float64 else 64 * 2**-24)
         for value, where in enumerate((~a, a)):
@@ -401,8 +405,8 @@ def test_sums_are_within_their_bound(emulated, dtype, memory_format):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-def test_input_gradient_of_any_gradient(emulated, dtype, memory_format):
-    """NaN, infinities and denormal numbers, given the coefficients; behind a closed ReLU they are not looked at."""
+def test_input_gradient_of_any_gradient(emulation, dtype, memory_format):
+    """Gradients with NaN, infinities and denormal numbers, for given coefficients. After a closed ReLU they have no effect."""
     shape = (3, 20, 7, 9)
     x = awkward(math.prod(shape), dtype).view(shape).contiguous(memory_format=memory_format)
     grad = (
@@ -414,7 +418,7 @@ def test_input_gradient_of_any_gradient(emulated, dtype, memory_format):
         _, ones, _, statistics, _ = layer.reference_forward(x, masks, 0.37, False)
         dx = torch.zeros_like(grad)
         *_, coefficients = layer.emulated_backward(
-            emulated, grad, dx, ones, statistics, masks, 0.37
+            emulation, grad, dx, ones, statistics, masks, 0.37
         )
         a = reference.unpack(ones, x.numel()).as_strided(x.size(), x.stride())
         scale0, scale1, shift0, shift1 = coefficients[:, :, None, None]
@@ -430,45 +434,47 @@ def test_input_gradient_of_any_gradient(emulated, dtype, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-def test_a_map_without_elements(emulated, memory_format):
+def test_a_map_without_elements(emulation, memory_format):
     for shape in ((0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4)):
         x = torch.empty(shape).contiguous(memory_format=memory_format)
         layer = Layer(3) if shape[1] else Layer(1)
         if shape[1] == 0:
             layer.weight, layer.bias = torch.empty(0), torch.empty(0)
             layer.running_mean, layer.running_var = torch.empty(0), torch.empty(0)
-        _, _, statistics, running = layer.emulated_forward(emulated, x, x, (None, None), 0.0, True)
+        _, _, statistics, running = layer.emulated_forward(emulation, x, x, (None, None), 0.0, True)
         assert statistics.shape == (2, shape[1]) and statistics[0].isnan().all()
         for now, then in zip(running, layer.running, strict=True):
             assert torch.equal(now, then)
         grad_weight, grad_bias, _ = layer.emulated_backward(
-            emulated, x, x, bits_for(0), statistics, (None, None), 0.0
+            emulation, x, x, bits_for(0), statistics, (None, None), 0.0
         )
         assert (grad_bias == 0).all() and grad_weight.shape == (shape[1],)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("shape", ((2, 24, 31, 33), (3, 100, 5, 7)), ids=str)
-def test_the_grid_changes_no_bit_of_batch_norm(emulated, memory_format, shape):
+def test_the_grid_changes_no_bit_of_batch_norm(emulation, memory_format, shape):
     x = torch.randn(shape).contiguous(memory_format=memory_format).half()
     grad = torch.randn(shape).contiguous(memory_format=memory_format).half()
-    layer, masks, seen = Layer(shape[1]), (STATE, None), []
+    layer, masks, runs = Layer(shape[1]), (STATE, None), []
     try:
         for multiprocessors, blocks in ((1, 1), (3, 2), (1000, 8)):
-            emulated.set_device(multiprocessors, blocks)
+            emulation.set_device(multiprocessors, blocks)
             y, dx = torch.zeros_like(x), torch.zeros_like(x)
-            ones, _, statistics, running = layer.emulated_forward(emulated, x, y, masks, 0.5, False)
-            grads = layer.emulated_backward(emulated, grad, dx, ones, statistics, masks, 0.5)
-            seen.append([y, dx, statistics, *running, *grads])
+            ones, _, statistics, running = layer.emulated_forward(
+                emulation, x, y, masks, 0.5, False
+            )
+            grads = layer.emulated_backward(emulation, grad, dx, ones, statistics, masks, 0.5)
+            runs.append([y, dx, statistics, *running, *grads])
     finally:
-        emulated.set_device(2, 1)
-    for other in seen[1:]:
-        for a, b in zip(seen[0], other, strict=True):
+        emulation.set_device(2, 1)
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
             assert torch.equal(as_bits(a), as_bits(b))
 
 
-def test_channel_of_an_element(emulated):
-    """Division by multiplication, where it is hardest: around multiples, up to 2^63."""
+def test_channel_of_an_element(emulation):
+    """Division by multiplication at its hardest: around multiples of the divisor, up to 2^63."""
     random = Random(1)
     divisors = [1, 2, 3, 5, 7, 49, 64, 12_544, 2**31 - 1, 2**31, 2**32 + 1, 2**62, 2**62 + 1]
     divisors += [random.randrange(1, 2 ** random.randrange(1, 63)) for _ in range(300)]
@@ -477,4 +483,4 @@ def test_channel_of_an_element(emulated):
             multiple = random.randrange(0, 2 ** random.randrange(1, 64)) // divisor * divisor
             for x in (multiple - 1, multiple, multiple + 1, 2**63 - 1):
                 if 0 <= x < 2**63:
-                    assert emulated.divided(x, divisor) == x // divisor
+                    assert emulation.divided(x, divisor) == x // divisor

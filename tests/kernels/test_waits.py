@@ -1,4 +1,4 @@
-"""A training step with shaping never waits for the device, and copies nothing from or to the host."""
+"""A training step with shaping never waits for the device and copies nothing between device and host."""
 
 import collections
 
@@ -14,7 +14,7 @@ LAYERS = [1, 4, 19]
 
 
 def training_step(mode: str, device: str):
-    """A step of training a ResNet-18: ``mode`` "none" (not shaped), "random" or "target" (its target pass too)."""
+    """A training step of a ResNet-18. ``mode`` is "none" (without shaping), "random" or "target" (with a target pass)."""
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.resnet18(num_classes=7).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -35,11 +35,11 @@ def training_step(mode: str, device: str):
     return step
 
 
-# ---- what a step asks for: no GPU is needed to see that ----
+# ---- the ops of a step; no GPU is needed ----
 
 
-class Counted(TorchDispatchMode):
-    """Counts the ops that are called, backward passes included."""
+class OpCounter(TorchDispatchMode):
+    """Counts the calls of each op, including those of the backward pass."""
 
     def __init__(self):
         super().__init__()
@@ -53,31 +53,31 @@ class Counted(TorchDispatchMode):
 def calls_of(mode: str) -> collections.Counter:
     step = training_step(mode, "cpu")
     step()
-    with Counted() as counted:
+    with OpCounter() as counter:
         step()
-    return counted.calls
+    return counter.calls
 
 
 def test_attached_shaping_adds_these_ops_to_a_step_and_no_others():
     plain, n = calls_of("none"), len(LAYERS)
-    # No copy, no `item`, no constant made on the host. One op a layer forward, in place, as these are outputs of
-    # convolutions; one backward.
+    # There is no copy, no `item` and no constant from the host. Each layer has one op forward, in place because its input is the
+    # output of a convolution, and one op backward.
     shaping = {ops.shape_.default: n, ops.shape.default: n}
     added = calls_of("random") - plain
     assert added == {torch.ops.aten.randint.low_generator: n} | shaping
     target = calls_of("target")
     assert set(target) - set(plain) == {ops.pack.default, *shaping}
     assert target[ops.pack.default] == n and all(target[op] == k for op, k in shaping.items())
-    # The rest is the model's own: its target pass.
+    # The other ops are those of the model in the target pass.
     assert not [op for op in target if "copy" in str(op) or "item" in str(op)]
 
 
-# ---- what happens on a GPU ----
+# ---- on a GPU ----
 
 
 def assert_never_waits(step, kernels=()):
-    """Waits that torch knows of raise; the profiler sees those of everybody else, and copies."""
-    for _ in range(2):  # libraries start, the allocator finds its memory
+    """torch raises for its own waits. The profiler sees all other waits, and copies."""
+    for _ in range(2):  # initializes libraries and fills the allocator's cache
         step()
     torch.cuda.synchronize()
     try:
@@ -90,13 +90,13 @@ def assert_never_waits(step, kernels=()):
     with torch.profiler.profile(activities=activities) as profile:
         with torch.profiler.record_function("the step"):
             step()
-        torch.cuda.synchronize()  # which the profiler sees: the events are all there
+        torch.cuda.synchronize()  # the profiler sees this wait, so that no event is missing
     events = profile.events()
     names = [e.name for e in events]
-    for seen in ("cudaDeviceSynchronize", "cudaLaunchKernel", *kernels):
-        assert any(seen in name for name in names), f"the profiler did not see {seen}"
+    for part in ("cudaDeviceSynchronize", "cudaLaunchKernel", *kernels):
+        assert any(part in name for name in names), f"the profiler did not see {part}"
     assert not [name for name in names if "Memcpy HtoD" in name or "Memcpy DtoH" in name]
-    # The device has an event of this name as well, later. The host's spans all calls, those of autograd's thread too.
+    # The device also has an event of this name, which starts later. The host's event includes the calls of autograd's thread.
     step_event = min((e for e in events if e.name == "the step"), key=lambda e: e.time_range.start)
     start, end = step_event.time_range.start, step_event.time_range.end
     within = [e.name for e in events if start <= e.time_range.start <= end]
@@ -105,24 +105,24 @@ def assert_never_waits(step, kernels=()):
 
 @pytest.fixture
 def kernels() -> dict[str, tuple[str, ...]]:
-    """By what the step has: names of the kernels that must be seen."""
-    # Asked for here and not at import: asking starts the driver, and other tests fork.
+    """The names of the kernels that the profiler must see, by mode."""
+    # Asking for a GPU starts the driver, which processes that other tests fork cannot use. So do not ask at import.
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device is visible")
     if fastshape.backend_info()["cuda"] != "native":
         return dict.fromkeys(("none", "random", "target"), ())
-    return {"none": (), "random": ("shape_kernel",), "target": ("shape_kernel", "pack_kernel")}
+    return {"none": (), "random": ("shape_kernel",), "target": ("shape_kernel", "ones_kernel")}
 
 
 @pytest.mark.gpu
-def test_shaping_waits_for_nothing(kernels):
+def test_shaping_never_waits(kernels):
     model = torch.nn.Conv2d(3, 7, 3, device="cuda")
     images = torch.randn(3, 3, 33, 33, device="cuda")
     recorded = torch.randn(4, 7, 31, 31, device="cuda")
 
     def step():
         z = fastshape.shape(model(images), p_zero=0.5, inplace=True)
-        mask = BitMask.from_tensor(recorded).first(3)  # its last byte has spare bits to clear
+        mask = BitMask.from_tensor(recorded).first(3)  # clears the spare bits of the last byte
         z = z + fastshape.shape(model(images), mask=mask, gradient="clipped")
         z.sum().backward()
 
@@ -131,6 +131,6 @@ def test_shaping_waits_for_nothing(kernels):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ("none", "random", "target"))
-def test_attached_training_waits_for_nothing(kernels, mode):
-    # "none" says whose fault a failure of the others is.
+def test_attached_training_never_waits(kernels, mode):
+    # If "none" also fails, shaping is not the cause.
     assert_never_waits(training_step(mode, "cuda"), kernels[mode])

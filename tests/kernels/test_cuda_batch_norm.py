@@ -1,10 +1,10 @@
-"""Shape + BatchNorm2d + ReLU on a GPU: the reference's bits and sums, and at home in PyTorch's streams, graphs and autocast."""
+"""Shape + BatchNorm2d + ReLU on a GPU: bits and sums of the reference, and correct with streams, graphs and autocast."""
 
 import math
 
 import pytest
 import torch
-from conftest import DTYPES, as_bits, awkward
+from tensors import DTYPES, as_bits, awkward
 from torch import nn
 from torch.library import opcheck
 
@@ -18,7 +18,7 @@ ops = torch.ops.fastshape
 STATE = torch.tensor([1234567, 2**32 - 2])
 MASKS = ("random", "bits", "none")
 FORMATS = (torch.contiguous_format, torch.channels_last)
-# Planes with channels that fill vectors and that do not; one and several chunks of a plane; many rows, and one.
+# Channels and planes that fill vectors and that do not; planes of one and of several chunks; one row and many rows.
 SHAPES = (
     (2, 64, 28, 28), (3, 20, 7, 7), (5, 3, 14, 14), (1, 1, 3, 5), (2, 8, 112, 5), (4, 24, 1, 1), (2, 100, 33, 31),
     (3, 2, 160, 161),
@@ -27,23 +27,25 @@ SHAPES = (
 
 @pytest.fixture(autouse=True)
 def gpu():
-    # Asked for here and not at import: asking starts the driver, and other tests fork.
+    # Asking for a GPU starts the driver, which processes that other tests fork cannot use. So do not ask at import.
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device is visible")
     if fastshape.backend_info()["cuda"] != "native":
-        pytest.skip(f"the CUDA kernels do not serve CUDA: {cuda.error() or 'another was chosen'}")
+        pytest.skip(
+            f"the CUDA kernels do not serve CUDA: {cuda.error() or 'another backend was chosen'}"
+        )
 
 
 def a_map(shape, dtype, memory_format, seed=0, offset=0):
-    """On the CPU, and its copy on the GPU, `offset` elements behind an aligned address."""
+    """A map on the CPU, and its copy on the GPU, `offset` elements after an aligned address."""
     x = awkward(math.prod(shape), dtype, seed).view(shape).contiguous(memory_format=memory_format)
     storage = torch.zeros(x.numel() + 16, dtype=dtype, device="cuda")
-    given = storage.as_strided(x.size(), x.stride(), offset)
-    return x, given.copy_(x)
+    x_gpu = storage.as_strided(x.size(), x.stride(), offset)
+    return x, x_gpu.copy_(x)
 
 
 def eighths(shape, dtype, memory_format):
-    """Gradients whose sums are exact in every order: eighths of small integers."""
+    """Gradients that are eighths of small integers. Their sums are exact in any order."""
     grad = torch.randint(-16, 17, shape, generator=torch.Generator().manual_seed(3)).to(dtype) / 8
     return grad.contiguous(memory_format=memory_format)
 
@@ -67,7 +69,7 @@ def on_gpu(*tensors):
 
 
 def assert_equal_numbers(actual, expected):
-    """The same bits, but that a NaN is a NaN."""
+    """Equal bits, except that any NaN equals any other."""
     actual = actual.cpu()
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     assert actual.stride() == expected.stride()
@@ -75,7 +77,7 @@ def assert_equal_numbers(actual, expected):
     assert (same | (actual.isnan() & expected.isnan())).all()
 
 
-# ---- the same numbers ----
+# ---- equal numbers ----
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,7 +86,7 @@ def assert_equal_numbers(actual, expected):
 @pytest.mark.parametrize("offset", (0, 1), ids=("aligned", "misaligned"))
 def test_forward(dtype, kind, memory_format, offset):
     for case, shape in enumerate(SHAPES):
-        x, given = a_map(shape, dtype, memory_format, offset=offset)
+        x, x_gpu = a_map(shape, dtype, memory_format, offset=offset)
         masks = a_mask(kind, x.numel())
         layer = a_layer(shape[1], affine=case % 3 != 1)
         training, relu, clipped = case % 4 != 3, case % 2 == 0, case % 3 == 0
@@ -94,11 +96,11 @@ def test_forward(dtype, kind, memory_format, offset):
             expected = reference.shaped_batch_norm(x, *masks, 0.37, *expected_layer, *numbers)
             now = on_gpu(*layer)
             if inplace:
-                arguments = (given, *on_gpu(*masks), 0.37, *now, *numbers)
-                actual = (given, *ops.shaped_batch_norm_(*arguments))
+                arguments = (x_gpu, *on_gpu(*masks), 0.37, *now, *numbers)
+                actual = (x_gpu, *ops.shaped_batch_norm_(*arguments))
             else:
-                actual = ops.shaped_batch_norm(given, *on_gpu(*masks), 0.37, *now, *numbers)
-                assert torch.equal(as_bits(given.cpu()), as_bits(x))
+                actual = ops.shaped_batch_norm(x_gpu, *on_gpu(*masks), 0.37, *now, *numbers)
+                assert torch.equal(as_bits(x_gpu.cpu()), as_bits(x))
             assert_equal_numbers(actual[0], expected[0])
             assert torch.equal(actual[1].cpu(), expected[1])
             assert torch.equal(actual[2].cpu(), expected[2])
@@ -111,7 +113,7 @@ def test_forward(dtype, kind, memory_format, offset):
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_backward(dtype, kind, memory_format):
-    """Bit for bit, sums being exact."""
+    """The sums are exact, so that all bits must be equal."""
     for case, shape in enumerate(SHAPES):
         x, _ = a_map(shape, dtype, memory_format)
         masks = a_mask(kind, x.numel())
@@ -137,10 +139,10 @@ def test_backward(dtype, kind, memory_format):
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_sums_are_within_their_bound_and_the_same_at_every_call(dtype, memory_format):
     for shape in (*SHAPES, (32, 64, 56, 56)):
-        x, given = a_map(shape, dtype, memory_format)
+        x, x_gpu = a_map(shape, dtype, memory_format)
         layer = on_gpu(*a_layer(shape[1], dtype=torch.float64))
         _, ones, _, statistics = ops.shaped_batch_norm(
-            given, STATE.cuda(), None, 0.3, *layer, True, 0.1, 1e-5, False, False
+            x_gpu, STATE.cuda(), None, 0.3, *layer, True, 0.1, 1e-5, False, False
         )
         generator = torch.Generator().manual_seed(1)
         grad = torch.randn(shape, generator=generator).to(dtype)
@@ -175,7 +177,7 @@ def test_a_map_without_elements():
 
 @pytest.mark.slow
 def test_more_than_2_31_elements():
-    side = 26_755  # an odd plane, of a third of 2^31 elements
+    side = 26_755  # a plane with an odd number of elements, about a third of 2^31
     m = side * side
     if torch.cuda.mem_get_info()[0] < 4 * 2 * 3 * m:
         pytest.skip("needs 17 GB of free GPU memory")
@@ -202,25 +204,25 @@ def test_more_than_2_31_elements():
         assert dx[0, channel, 0, 0] == scale and dx[0, channel, -1, -1] == scale
 
 
-# ---- at home in PyTorch ----
+# ---- streams, graphs, autocast ----
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_opcheck(memory_format):
     x = torch.randn(2, 3, 4, 5, device="cuda").contiguous(memory_format=memory_format)
     bits = torch.ones(15, dtype=torch.uint8, device="cuda")
-    for given in (x, x.half()):
+    for x_gpu in (x, x.half()):
         for masks in ((STATE.cuda(), None), (None, bits), (None, None)):
             layer = on_gpu(*a_layer(3))
             numbers = (True, 0.1, 1e-5, True)
             for clipped in (False, True):
                 arguments = (*masks, 0.3, *layer, *numbers, clipped)
-                opcheck(ops.shaped_batch_norm.default, (given, *arguments))
-                opcheck(ops.shaped_batch_norm_.default, (given.clone(), *arguments))
+                opcheck(ops.shaped_batch_norm.default, (x_gpu, *arguments))
+                opcheck(ops.shaped_batch_norm_.default, (x_gpu.clone(), *arguments))
             _, ones, _, statistics = ops.shaped_batch_norm(
-                given, *masks, 0.3, *layer, *numbers, False
+                x_gpu, *masks, 0.3, *layer, *numbers, False
             )
-            arguments = (given, ones, statistics, *masks, 0.3, *layer[:2], True, True)
+            arguments = (x_gpu, ones, statistics, *masks, 0.3, *layer[:2], True, True)
             for needs_x in (False, True):
                 opcheck(ops.shaped_batch_norm_backward.default, (*arguments, needs_x))
 
@@ -236,18 +238,18 @@ def a_step(x, state, layer, grad):
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_a_captured_graph_reads_the_state_and_moves_the_running_statistics_at_replay(memory_format):
-    x, given = a_map((4, 24, 14, 14), torch.float16, memory_format)
+    x, x_gpu = a_map((4, 24, 14, 14), torch.float16, memory_format)
     grad = eighths(x.shape, torch.float16, memory_format)
     layer, state = on_gpu(*a_layer(24)), STATE.cuda()
-    given_grad = grad.cuda()
+    grad_gpu = grad.cuda()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        a_step(given, state, layer, given_grad)
+        a_step(x_gpu, state, layer, grad_gpu)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = a_step(given, state, layer, given_grad)
+        outputs = a_step(x_gpu, state, layer, grad_gpu)
     for seed in (1, 2, 3):
         state.copy_(torch.tensor([seed, 0]))
         expected_layer = [t.cpu() for t in layer]
@@ -266,33 +268,33 @@ def test_a_captured_graph_reads_the_state_and_moves_the_running_statistics_at_re
 
 
 def test_side_stream():
-    x, given = a_map((16, 64, 56, 56), torch.float32, torch.contiguous_format)
+    x, x_gpu = a_map((16, 64, 56, 56), torch.float32, torch.contiguous_format)
     layer, grad = (
         on_gpu(*a_layer(64)),
         eighths(x.shape, torch.float32, torch.contiguous_format).cuda(),
     )
-    expected = a_step(given, STATE.cuda(), on_gpu(*a_layer(64)), grad)
+    expected = a_step(x_gpu, STATE.cuda(), on_gpu(*a_layer(64)), grad)
     state = STATE.cuda()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        late = torch.full_like(given, -1.0)
+        late = torch.full_like(x_gpu, -1.0)
         torch.cuda._sleep(50_000_000)  # on any other stream, the kernels would read -1
-        late.copy_(given)
+        late.copy_(x_gpu)
         actual = a_step(late, state, layer, grad)
     stream.synchronize()
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(as_bits(a), as_bits(b))
 
 
-def test_step_waits_for_nothing():
-    _, given = a_map((4, 24, 14, 14), torch.float32, torch.channels_last)
+def test_a_step_never_waits():
+    _, x_gpu = a_map((4, 24, 14, 14), torch.float32, torch.channels_last)
     layer, state = on_gpu(*a_layer(24)), STATE.cuda()
-    a_step(given, state, layer, given)
+    a_step(x_gpu, state, layer, x_gpu)
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("error")
-        a_step(given, state, layer, given)
+        a_step(x_gpu, state, layer, x_gpu)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -300,8 +302,8 @@ def test_step_waits_for_nothing():
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("inplace", (False, True))
-def test_module_behind_a_convolution_under_autocast(dtype, memory_format, inplace):
-    """The convolution gives half precision, the layer's own numbers stay float32; the convolution gets the right gradient."""
+def test_module_after_a_convolution_under_autocast(dtype, memory_format, inplace):
+    """The convolution returns float16 and gets the right gradient. The parameters of the layer stay float32."""
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 24, 3, bias=False, device="cuda").to(memory_format=memory_format)
     module = fastshape.ShapedBatchNorm2d(24, p_zero=0.3, relu=True, inplace=inplace, device="cuda")

@@ -1,4 +1,4 @@
-"""Which backend is chosen, and what is said about it. Each case is a process of its own: the choice is made at import."""
+"""The choice of backends and its reasons. Each case is a process of its own, because fastshape chooses at import."""
 
 import importlib.util
 import json
@@ -44,36 +44,36 @@ def test_same_bits_from_either_backend(kernels):
 
 
 def test_auto_falls_back_with_a_reason():
-    done = run(WITHOUT_KERNELS + SAME_BITS + "print(fastshape.backend_info()['reason'])", "auto")
-    assert done.stdout.startswith("reference"), done.stderr
-    assert "pip install" in done.stdout
+    process = run(WITHOUT_KERNELS + SAME_BITS + "print(fastshape.backend_info()['reason'])", "auto")
+    assert process.stdout.startswith("reference"), process.stderr
+    assert "pip install" in process.stdout
 
 
-def test_explicit_choice_that_cannot_be_had_raises_and_says_why():
-    done = run(WITHOUT_KERNELS + "import fastshape", "native")
-    assert done.returncode != 0
-    assert "FASTSHAPE_BACKEND=native" in done.stderr and "pip install" in done.stderr
+def test_an_explicit_choice_that_is_not_available_raises_with_a_reason():
+    process = run(WITHOUT_KERNELS + "import fastshape", "native")
+    assert process.returncode != 0
+    assert "FASTSHAPE_BACKEND=native" in process.stderr and "pip install" in process.stderr
 
 
 def test_unknown_choice():
-    done = run("import fastshape", "gpu")
+    process = run("import fastshape", "gpu")
     assert (
         "ValueError: FASTSHAPE_BACKEND='gpu': allowed are auto, native, triton, reference"
-        in done.stderr
+        in process.stderr
     )
 
 
 @pytest.mark.parametrize("backend", (None, "reference"))
 def test_module_prints_what_is_chosen_and_why(backend):
-    done = run("import runpy; runpy.run_module('fastshape', run_name='__main__')", backend)
-    assert done.returncode == 0, done.stderr
-    rows = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    process = run("import runpy; runpy.run_module('fastshape', run_name='__main__')", backend)
+    assert process.returncode == 0, process.stderr
+    rows = dict(line.split(None, 1) for line in process.stdout.splitlines())
     assert rows["FASTSHAPE_BACKEND"] == (backend or "auto")
     for row in ("on the CPU", "on CUDA", "elsewhere", "kernels:", "CUDA kernels:", "Triton:"):
-        assert f"\n{row}" in done.stdout
+        assert f"\n{row}" in process.stdout
 
 
-def test_core_needs_torch_alone():
+def test_fastshape_needs_only_torch():
     code = """
 import sys
 import torch
@@ -95,9 +95,9 @@ torch_has_cuda = pytest.mark.skipif(
 
 @pytest.mark.parametrize("backend", ("auto", "native", "reference"))
 def test_every_device_has_a_backend_and_a_reason(backend):
-    done = run(INFO + "import json; print(json.dumps(info))", backend)
-    assert done.returncode == 0, done.stderr
-    info = json.loads(done.stdout)
+    process = run(INFO + "import json; print(json.dumps(info))", backend)
+    assert process.returncode == 0, process.stderr
+    info = json.loads(process.stdout)
     assert info["requested"] == backend
     assert {"cpu", "cuda", "other_devices"} <= info["reasons"].keys()
     for device, reason in info["reasons"].items():
@@ -108,43 +108,47 @@ def test_every_device_has_a_backend_and_a_reason(backend):
 
 @torch_has_cuda
 @needs_triton
-def test_triton_serves_cuda_where_the_kernels_do_not():
+def test_triton_serves_cuda_without_compiled_kernels():
     code = "print(info['cuda'], info['reasons']['cuda'], sep='|')"
-    chosen, reason = run(WITHOUT_CUDA_KERNELS + INFO + code, "auto").stdout.strip().split("|")
-    assert chosen == "triton" and "CUDA" in reason
-    done = run(WITHOUT_CUDA_KERNELS + WITHOUT_TRITON + INFO + code, "auto")
-    chosen, both_reasons = done.stdout.strip().split("|")
-    assert chosen == "reference" and "pip install triton" in both_reasons and reason in both_reasons
+    backend, reason = run(WITHOUT_CUDA_KERNELS + INFO + code, "auto").stdout.strip().split("|")
+    assert backend == "triton" and "CUDA" in reason
+    process = run(WITHOUT_CUDA_KERNELS + WITHOUT_TRITON + INFO + code, "auto")
+    backend, both_reasons = process.stdout.strip().split("|")
+    assert (
+        backend == "reference" and "pip install triton" in both_reasons and reason in both_reasons
+    )
 
 
-def test_a_torch_without_cuda_is_said_to_be_one():
+def test_a_torch_without_cuda_is_the_reason():
     without = "import torch; torch.version.cuda = torch.version.hip = None\n"
-    done = run(without + INFO + "print(info['cuda'], info['reasons']['cuda'])", "auto")
-    assert done.stdout.startswith("reference this torch has neither CUDA nor ROCm"), done.stderr
+    process = run(without + INFO + "print(info['cuda'], info['reasons']['cuda'])", "auto")
+    assert process.stdout.startswith("reference this torch has neither CUDA nor ROCm"), (
+        process.stderr
+    )
 
 
 @needs_triton
 def test_triton_needs_a_gpu_or_the_interpreter():
-    done = run(WITHOUT_GPU + "import fastshape", "triton")
-    assert done.returncode != 0
-    assert "RuntimeError: FASTSHAPE_BACKEND=triton: no GPU is visible" in done.stderr
-    assert "TRITON_INTERPRET=1" in done.stderr
+    process = run(WITHOUT_GPU + "import fastshape", "triton")
+    assert process.returncode != 0
+    assert "RuntimeError: FASTSHAPE_BACKEND=triton: no GPU is visible" in process.stderr
+    assert "TRITON_INTERPRET=1" in process.stderr
 
 
 def test_triton_that_is_not_installed():
-    done = run(WITHOUT_TRITON + WITH_GPU + "import fastshape", "triton")
-    assert done.returncode != 0
-    assert "FASTSHAPE_BACKEND=triton: Triton is not installed" in done.stderr
-    assert "pip install triton" in done.stderr
+    process = run(WITHOUT_TRITON + WITH_GPU + "import fastshape", "triton")
+    assert process.returncode != 0
+    assert "FASTSHAPE_BACKEND=triton: Triton is not installed" in process.stderr
+    assert "pip install triton" in process.stderr
 
 
 @needs_triton
-def test_interpreted_triton_serves_the_cpu_when_asked_for():
+def test_interpreted_triton_serves_the_cpu_on_request():
     interpreted = run(SAME_BITS, "triton", TRITON_INTERPRET="1")
     assert interpreted.returncode == 0, interpreted.stderr
     assert interpreted.stdout.split() == ["triton", run(SAME_BITS, "reference").stdout.split()[1]]
-    done = run(INFO + "print(info['cpu'])", "auto", TRITON_INTERPRET="1")
-    assert done.stdout.strip() in ("native", "reference"), done.stderr
+    process = run(INFO + "print(info['cpu'])", "auto", TRITON_INTERPRET="1")
+    assert process.stdout.strip() in ("native", "reference"), process.stderr
 
 
 @needs_triton
@@ -162,11 +166,11 @@ print(before, "triton" in sys.modules)
 
 @torch_has_cuda
 @pytest.mark.skipif(not torch.version.cuda, reason="there are no native kernels for ROCm")
-def test_native_wants_the_cuda_kernels_only_where_a_gpu_is_visible(kernels):
-    done = run(WITHOUT_CUDA_KERNELS + WITH_GPU + "import fastshape", "native")
-    assert done.returncode != 0
-    assert "RuntimeError: FASTSHAPE_BACKEND=native: " in done.stderr and "CUDA" in done.stderr
-    done = run(
+def test_native_needs_the_cuda_kernels_only_if_a_gpu_is_visible(kernels):
+    process = run(WITHOUT_CUDA_KERNELS + WITH_GPU + "import fastshape", "native")
+    assert process.returncode != 0
+    assert "RuntimeError: FASTSHAPE_BACKEND=native: " in process.stderr and "CUDA" in process.stderr
+    process = run(
         WITHOUT_CUDA_KERNELS + WITHOUT_GPU + INFO + "print(info['cpu'], info['cuda'])", "native"
     )
-    assert done.stdout.split() == ["native", "reference"], done.stderr
+    assert process.stdout.split() == ["native", "reference"], process.stderr

@@ -1,12 +1,12 @@
-"""The matrix: every backend there is, held to the reference bit for bit.
+"""All backends equal the reference bit for bit.
 
     make parity
 
-Native C++, the CUDA kernels' source run on the CPU, Triton through its interpreter; on a GPU also CUDA and compiled Triton.
-Masks, values, gradients and packed bits; all dtypes, both memory formats, awkward sizes, streams that carry into the high
-word of the offset and that wrap. What each backend does besides is in the tests of its own name.
+The backends are native C++, the CUDA source on the CPU, interpreted Triton and, on a GPU, CUDA and compiled Triton. The tests
+compare values, gradients, masks and packed bits for all dtypes, both memory formats, awkward sizes, and offsets that carry into
+the high word or wrap. Other tests of a backend are in the file with its name.
 
-Whether Triton interprets is settled when it is first imported, so that row has a process of its own.
+Triton decides at its first import whether it interprets, so that the interpreter runs in a process of its own.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DTYPES, assert_same_bits, awkward
-from test_cuda_on_cpu import CODES, emulated, pointer  # noqa: F401  (a fixture)
+from tensors import DTYPES, assert_same_bits, awkward
+from test_cuda_on_cpu import CODES, emulation, pointer  # noqa: F401  (a fixture)
 from test_stream import state_of
 
 import fastshape
@@ -28,29 +28,29 @@ from fastshape.backends import triton
 INTERPRETED = fastshape.backend_info()["cpu"] == "triton"
 FORMATS = (torch.contiguous_format, torch.channels_last)
 SIZES = (0, 1, 7, 8, 9, 65, 255, 257, 999, 2049)
-# The 269 calls of a 2145-element map begin here: the low word carries in the middle, or the whole offset wraps.
+# Offsets of the 269 Philox calls of a map with 2145 elements. In their middle the low word carries or the offset wraps.
 OFFSETS = {"2^32": 2**32 - 130, "2^63": 2**63 - 130, "2^64": 2**64 - 130}
 SEED = 0xFEDCBA9876543210
 MASKS = (*OFFSETS, "target", "none")
 
 
-class Dispatched:
-    """What torch calls for tensors of a device. Takes and gives CPU tensors."""
+class OpsOnDevice:
+    """Calls ops on a device. Arguments and results are CPU tensors."""
 
     def __init__(self, ops, device: str):
         self.ops, self.device = ops, device
 
     def __getattr__(self, name):
         def call(*arguments):
-            there = [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in arguments]
-            result = getattr(self.ops, name)(*there)
+            moved = [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in arguments]
+            result = getattr(self.ops, name)(*moved)
             return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, result)
 
         return call
 
 
-class Emulated:
-    """csrc/cuda/kernels.cu, compiled as C++."""
+class CudaSource:
+    """csrc/cuda/kernels.cu compiled as C++."""
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
@@ -111,24 +111,24 @@ BACKENDS = (
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     if request.param == "CUDA source on the CPU":
-        return Emulated(request.getfixturevalue("emulated"))
+        return CudaSource(request.getfixturevalue("emulation"))
     if request.param in ("native", "Triton interpreted"):
         if request.param == "native" and fastshape.backend_info()["cpu"] != "native":
             pytest.skip(fastshape.backend_info()["reason"])
-        return Dispatched(torch.ops.fastshape, "cpu")
+        return OpsOnDevice(torch.ops.fastshape, "cpu")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device is visible")
     if request.param == "Triton":
         if problem := triton.error():
             pytest.skip(problem)
-        return Dispatched(triton, "cuda")
+        return OpsOnDevice(triton, "cuda")
     if fastshape.backend_info()["cuda"] != "native":
         pytest.skip(fastshape.backend_info()["reasons"]["cuda"])
-    return Dispatched(torch.ops.fastshape, "cuda")
+    return OpsOnDevice(torch.ops.fastshape, "cuda")
 
 
 def a_map(dtype: torch.dtype, memory_format: torch.memory_format, seed: int = 0) -> torch.Tensor:
-    """(3, 5, 11, 13): 2145 elements, every special number among them."""
+    """(3, 5, 11, 13): 2145 elements with all special numbers."""
     x = awkward(3 * 5 * 11 * 13, dtype, seed).view(3, 5, 11, 13)
     return x.contiguous(memory_format=memory_format)
 
@@ -159,7 +159,7 @@ def test_values(backend, dtype, memory_format, mask):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("policy", ("straight_through", "clipped"))
 def test_gradients(backend, dtype, memory_format, mask, policy):
-    # What the backward pass runs, with what the forward pass has kept for it.
+    # The op of the backward pass, with the tensors that the forward pass saves.
     x, grad = a_map(dtype, memory_format).requires_grad_(), a_map(dtype, memory_format, seed=5)
     rng_state, bits, p_zero = mask_arguments(mask)
     y = reference.differentiable_shape(x, rng_state, bits, p_zero, True, policy)
@@ -193,16 +193,16 @@ def test_packed_bits(backend, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="interpreting that many takes hours")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter would take hours")
 def test_cuda_source_counts_beyond_2_31_elements(request):
-    # The other backends have this test in files of their own: test_shape.py, test_cuda.py, test_triton.py.
+    # The same test of the other backends is in test_shape.py, test_cuda.py and test_triton.py.
     if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 6e9:
         pytest.skip("needs 6 GB of free memory")
     n = 2**31 + 77
     x = torch.ones(n, dtype=torch.float16)
     x[-5:] = -1
     bits = torch.randint(256, ((n + 7) // 8,), dtype=torch.uint8)
-    Emulated(request.getfixturevalue("emulated")).shape_(x, None, bits, 0.0, True)
+    CudaSource(request.getfixturevalue("emulation")).shape_(x, None, bits, 0.0, True)
     for start in (0, 2**31 - 800, n // 8 * 8 - 8000):
         stop = min(start + 9000, n)
         expected = reference.unpack(bits[start // 8 : (stop + 7) // 8], stop - start)
@@ -214,9 +214,10 @@ def test_cuda_source_counts_beyond_2_31_elements(request):
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 @pytest.mark.skipif(triton.error() is not None, reason=f"{triton.error()}")
 def test_in_the_interpreter():
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__)],
         env={**os.environ, "FASTSHAPE_BACKEND": "triton", "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-20_000:] + done.stderr
+    output = process.stdout[-20_000:] + process.stderr
+    assert process.returncode == 0 and " passed" in process.stdout, output

@@ -1,4 +1,4 @@
-"""attach(..., method="replace"): the same numbers as hooks, from chains found in models that were written for neither."""
+"""attach(..., method="replace") finds chains in ordinary models and gives the same numbers as hooks."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ def build(name, **arguments):
 
 
 def varied(model):
-    """BatchNorm parameters away from 1 and 0, where binary maps sum to ties at ReLU."""
+    """Changes the BatchNorm parameters from 1 and 0, with which sums of binary maps are exactly 0 before ReLU."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -37,7 +37,7 @@ def varied(model):
 
 
 def replaced(model, layers=1, **arguments):
-    """attach by replacement, nothing refused."""
+    """attach with replacement of all layers."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         arguments = {"mode": "binarize", **arguments}
@@ -45,14 +45,14 @@ def replaced(model, layers=1, **arguments):
 
 
 def loss(y):
-    """Not the square, whose gradient a BatchNorm cancels but for rounding."""
+    """A loss whose gradient BatchNorm does not cancel, as it does that of the square."""
     return (y * torch.arange(1.0, y.numel() + 1).sin().view_as(y)).sum()
 
 
 def shaped_step(
     model, method, layers, x, *inputs, forward=None, training=True, seed=5, **arguments
 ):
-    """One step on a copy of `model`: what it gives, what it learns, what it counts."""
+    """One step on a copy of `model`: its output, gradients, buffers and counts, and the attachment."""
     model = copy.deepcopy(model).train(training)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -82,7 +82,7 @@ def assert_same(first, second, tolerance=1e-10):
         assert torch.allclose(buffer, buffers1[name], rtol=1e-12, atol=1e-14), name
 
 
-# ---- which chains ----
+# ---- chains ----
 
 
 def test_resnet18():
@@ -91,13 +91,13 @@ def test_resnet18():
     assert set(attachment.method_of.values()) == {"replace"} and attachment.reasons == {}
     norms = {name for name, m in model.named_modules() if isinstance(m, ShapedBatchNorm2d)}
     assert norms == {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    # In a block bn1 goes to ReLU, bn2 and the downsample's to the sum.
+    # In a block the output of bn1 goes to ReLU. Those of bn2 and of the downsample's BatchNorm go to the sum.
     fused = {name for name in norms if model.get_submodule(name).relu}
     assert fused == {"bn1", *(f"layer{k}.{b}.bn1" for k in (1, 2, 3, 4) for b in (0, 1))}
 
 
 def test_mobilenet_says_where_hooks_serve():
-    """Squeeze-and-excitation convolutions have no BatchNorm; everything else has one, mostly before a Hardswish."""
+    """Only the squeeze-and-excitation convolutions have no BatchNorm."""
     model = build("mobilenet_v3_small")
     with pytest.warns(
         UserWarning, match="method='replace': hooks serve features.1.block.1.fc1"
@@ -111,7 +111,7 @@ def test_mobilenet_says_where_hooks_serve():
 
 
 class Model(nn.Module):
-    """A chain, and what may keep it from being one."""
+    """A chain, or by `case` something that is not one."""
 
     def __init__(self, case="chain"):
         super().__init__()
@@ -149,7 +149,7 @@ class Model(nn.Module):
             z.add_(0.1)
             h = self.relu(self.bn(z))
         elif case == "kept":
-            self.seen = z
+            self.map = z
             h = self.relu(self.bn(z))
         elif case == "size asked":
             h = self.relu(self.bn(z)).view(z.size(0), 6, -1, 1)
@@ -165,8 +165,8 @@ class Model(nn.Module):
             b = self.bn(z)
             h = self.relu(b * 1) + b
         elif case == "norm output kept":
-            self.seen = self.bn(z)
-            h = self.relu(self.seen)
+            self.map = self.bn(z)
+            h = self.relu(self.map)
         elif case == "functional relu":
             h = F.relu(self.bn(z), inplace=True)
         elif case == "relu in place, bn's name used":
@@ -197,19 +197,19 @@ class CustomNorm(nn.BatchNorm2d):
 
 
 NO_CHAIN = {
-    "two consumers": "not only a BatchNorm2d takes its output, but bn, add",
+    "two consumers": "its output is not used by one BatchNorm2d alone, but by bn, add",
     "used twice": "bn is called 2 times in one forward",
     "conv twice": "it is called 2 times in one forward",
-    "functional": "batch_norm takes its output, not a BatchNorm2d",
-    "no norm": "relu takes its output, a ReLU, not a plain BatchNorm2d",
-    "module between": "drop takes its output, a Dropout, not a plain BatchNorm2d",
-    "changed in place": "not only a BatchNorm2d takes its output, but add_, bn",
-    "kept": "not only a BatchNorm2d takes its output, but bn, an attribute",
-    "size asked": "not only a BatchNorm2d takes its output, but bn, size",
+    "functional": "its output is used by batch_norm, not by a BatchNorm2d",
+    "no norm": "its output is used by relu, which is a ReLU, not a plain BatchNorm2d",
+    "module between": "its output is used by drop, which is a Dropout, not a plain BatchNorm2d",
+    "changed in place": "its output is not used by one BatchNorm2d alone, but by add_, bn",
+    "kept": "its output is not used by one BatchNorm2d alone, but by bn, an attribute",
+    "size asked": "its output is not used by one BatchNorm2d alone, but by bn, size",
     "custom conv": "it is a CustomConv, not a plain 2d convolution",
-    "custom norm": "bn takes its output, a CustomNorm, not a plain BatchNorm2d",
-    "own forward": "bn takes its output, a BatchNorm2d, not a plain BatchNorm2d",
-    "sync": "bn takes its output, a SyncBatchNorm, not a plain BatchNorm2d",
+    "custom norm": "its output is used by bn, which is a CustomNorm, not a plain BatchNorm2d",
+    "own forward": "its output is used by bn, which is a BatchNorm2d, not a plain BatchNorm2d",
+    "sync": "its output is used by bn, which is a SyncBatchNorm, not a plain BatchNorm2d",
     "instance": "a InstanceNorm2d",
     "untraceable": "torch.fx cannot trace the model: .*control flow",
 }
@@ -218,14 +218,14 @@ UNFUSED = ("sum before relu", "norm output twice", "norm output kept", "function
 
 
 @pytest.mark.parametrize("case", NO_CHAIN)
-def test_what_is_no_chain_goes_by_hooks_and_says_so(case):
+def test_hooks_serve_what_is_no_chain_with_a_warning(case):
     torch.manual_seed(0)
     model = varied(Model(case)).double()
-    if case == "sync":  # it runs in evaluation alone, without a process group
+    if case == "sync":  # without a process group it runs only in evaluation
         model.eval()
-    with pytest.warns(UserWarning, match=f"hooks serve conv: .*{NO_CHAIN[case]}") as seen:
+    with pytest.warns(UserWarning, match=f"hooks serve conv: .*{NO_CHAIN[case]}") as warning_list:
         attachment = attach(model, "conv", mode="binarize", method="replace")
-    assert len(seen) == 1
+    assert len(warning_list) == 1
     assert attachment.method_of == {"conv": "hooks"} and list(attachment.reasons) == ["conv"]
     assert not any(isinstance(m, ShapedBatchNorm2d) for m in model.modules())
     attachment.remove()
@@ -243,7 +243,7 @@ def test_what_is_no_chain_goes_by_hooks_and_says_so(case):
 
 
 @pytest.mark.parametrize("case", UNFUSED)
-def test_what_is_no_relu_of_the_chain_stays_outside(case):
+def test_a_relu_that_is_not_of_the_chain_is_not_replaced(case):
     torch.manual_seed(0)
     model = varied(Model(case)).double()
     with replaced(model, "conv"):
@@ -253,10 +253,10 @@ def test_what_is_no_relu_of_the_chain_stays_outside(case):
 
 
 @pytest.mark.parametrize(("case", "reason"), (
-    ("in training alone", "conv: relu takes its output"),
-    ("relu in training alone", "what follows it in training is not what follows it in evaluation"),
+    ("in training alone", "conv: its output is used by relu"),
+    ("relu in training alone", "training and evaluation use its output differently"),
 ))  # fmt: skip
-def test_the_chain_must_be_there_wherever_it_is_shaped(case, reason):
+def test_the_chain_must_exist_in_all_modes_that_shape(case, reason):
     model = Model(case)
     replaced(model, "conv").remove()
     with pytest.warns(UserWarning, match=reason):
@@ -265,7 +265,7 @@ def test_the_chain_must_be_there_wherever_it_is_shaped(case, reason):
 
 @pytest.mark.parametrize("module", ("conv", "bn"))
 @pytest.mark.parametrize("kind", ("forward", "backward"))
-def test_hooks_of_others_see_what_they_would_see(module, kind):
+def test_other_hooks_prevent_replacement(module, kind):
     model = Model()
     register = "register_forward_hook" if kind == "forward" else "register_full_backward_hook"
     getattr(model.get_submodule(module), register)(lambda *a: None)
@@ -296,7 +296,7 @@ def test_hooks_never_warn():
 
 
 class Untraceable(nn.Module):
-    """Control flow that depends on data, around blocks that have none."""
+    """Control flow that depends on data, around blocks without it."""
 
     def __init__(self):
         super().__init__()
@@ -328,7 +328,7 @@ def test_blocks_of_a_model_that_cannot_be_traced():
 
 
 class Split(nn.Module):
-    """What takes the output of a part is known to the whole."""
+    """Only the whole model shows the user of a part's output."""
 
     def __init__(self):
         super().__init__()
@@ -389,7 +389,7 @@ def test_resnet18_layers(layers, gradient):
 @pytest.mark.parametrize("at_eval", ("off", "binarize", "on"))
 def test_in_evaluation(mode, at_eval):
     model = build("resnet18").double()
-    model(images.double())  # statistics that are not those of initialization
+    model(images.double())  # moves the statistics from their initial values
     arguments = {"mode": mode, "p_zero": 0.3 if mode == "random" else None, "at_eval": at_eval}
     both = [
         shaped_step(model, m, MAIN_PATH, images.double(), training=False, **arguments)
@@ -401,7 +401,7 @@ def test_in_evaluation(mode, at_eval):
 
 
 def test_frozen_norms_and_their_settings():
-    """bn.eval() within a model that trains; momentum=None; no parameters; no statistics."""
+    """bn.eval() in a model in training mode; momentum=None; no parameters; no statistics."""
     model = build("resnet18").double()
     model.layer1[0].bn1 = nn.BatchNorm2d(64, affine=False).double()
     model.layer1[0].bn2 = nn.BatchNorm2d(64, track_running_stats=False).double()
@@ -420,9 +420,9 @@ def test_frozen_norms_and_their_settings():
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_float32_and_autocast(memory_format, dtype):
-    """One block: here a rounded number does not meet a threshold later."""
+    """One block, so that no rounded number is compared with 0 later."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(3, 8, 3, bias=False)  # the gradient of a bias would be what rounding leaves
+    conv = nn.Conv2d(3, 8, 3, bias=False)  # the gradient of a bias would be a rounding error
     block = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(inplace=True))
     block = varied(block).to(memory_format=memory_format)
     x = images.contiguous(memory_format=memory_format)
@@ -435,14 +435,14 @@ def test_float32_and_autocast(memory_format, dtype):
 
     arguments = {"mode": "random", "p_zero": 0.3, "forward": forward}
     hooks, replace = (shaped_step(block, m, "0", x, **arguments) for m in ("hooks", "replace"))
-    # Statistics, and sums over a channel, of M values: see test_batch_norm. Then one rounding to the dtype in each.
+    # The errors of statistics and sums over the M values of a channel (see test_batch_norm), then one rounding to the dtype.
     rounding = (4 * 62 * 62 / 2 + 12) * torch.finfo(torch.float32).eps / 2 + torch.finfo(dtype).eps
     assert (replace[0] - hooks[0]).abs().max() <= rounding * hooks[0].abs().max()
     for name, grad in hooks[1].items():
         assert (replace[1][name] - grad).norm() <= rounding * grad.norm(), name
 
 
-# ---- what it saves ----
+# ---- time and memory ----
 
 
 def test_relu_runs_once_in_the_op(monkeypatch):
@@ -457,7 +457,7 @@ def test_relu_runs_once_in_the_op(monkeypatch):
     calls.clear()
     with replaced(model, MAIN_PATH):
         model(images)
-        assert len(calls) == 8  # those behind the sums
+        assert len(calls) == 8  # the ReLUs after the sums
         calls.clear()
         model.eval()(images)
         assert len(calls) == 17  # unshaped
@@ -483,24 +483,26 @@ def test_backward_keeps_bits_of_the_block():
     plain = kept()
     with replaced(block, "0", mode="random", p_zero=0.5):
         shaped = kept()
-    assert plain >= 2 * 4 * n  # the convolution's output, and ReLU's
-    assert n // 8 <= shaped <= n // 8 + 1024  # bits; 16 numbers of float64; the state
+    assert plain >= 2 * 4 * n  # the outputs of the convolution and of ReLU
+    assert n // 8 <= shaped <= n // 8 + 1024  # the bits, 16 float64 numbers and the state
 
 
 def test_no_fresh_map_in_training(monkeypatch):
-    """The convolution's output is overwritten from end to end of the chain."""
-    given, real = [], nn.Conv2d._conv_forward
-    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda *a: given.append(real(*a)) or given[-1])
+    """All steps of the chain overwrite the output of the convolution."""
+    outputs, real = [], nn.Conv2d._conv_forward
+    monkeypatch.setattr(
+        nn.Conv2d, "_conv_forward", lambda *a: outputs.append(real(*a)) or outputs[-1]
+    )
     block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
     with replaced(block, "0", mode="random", p_zero=0.5):
         y = block(images)
-        assert y.data_ptr() == given[-1].data_ptr()
+        assert y.data_ptr() == outputs[-1].data_ptr()
         y.sum().backward()
         with torch.no_grad():
-            assert block(images).data_ptr() == given[-1].data_ptr()
+            assert block(images).data_ptr() == outputs[-1].data_ptr()
 
 
-# ---- other ways to call ----
+# ---- other kinds of calls ----
 
 
 PARTS = {
@@ -525,7 +527,7 @@ def test_parts_of_a_model(part):
     assert hooks[3][0]["conv1"] == 1
 
 
-def test_parts_after_a_recording_that_stopped_on_the_way():
+def test_parts_after_a_target_pass_that_stopped():
     model = build("resnet18").double()
 
     def forward(model, x):
@@ -539,7 +541,7 @@ def test_parts_after_a_recording_that_stopped_on_the_way():
 
 @pytest.mark.parametrize("inputs", ((), (False,), (True,)))
 def test_optional_arguments(inputs):
-    """A chain that was found without them may not be one with them."""
+    """A chain may exist only if they are omitted."""
     torch.manual_seed(0)
     model = varied(Model()).double()
     assert_same(*(
@@ -548,7 +550,7 @@ def test_optional_arguments(inputs):
 
 
 def test_a_relu_that_is_called_again():
-    """On the same tensor, which is no longer rectified. Without a graph: backward would need what is overwritten."""
+    """On the same tensor, which is no longer rectified. Without a graph, because backward would need the old values."""
     torch.manual_seed(0)
     model = varied(Model("rectified, changed in place, rectified again")).double()
     with replaced(model, "conv"):
@@ -560,7 +562,7 @@ def test_a_relu_that_is_called_again():
 
 
 @pytest.mark.parametrize("use_reentrant", (True, False))
-def test_checkpointing_repeats_what_was_done(use_reentrant):
+def test_checkpointing_repeats_the_shaping(use_reentrant):
     model = build("resnet18").double()
 
     def forward(model, x):
@@ -582,7 +584,7 @@ def test_checkpointing_repeats_what_was_done(use_reentrant):
 
 
 class Checkpointed(nn.Module):
-    """A chain of which `part` is computed again in backward."""
+    """A chain. Backward computes its `part` again."""
 
     def __init__(self, part=None, use_reentrant=None):
         super().__init__()
@@ -605,14 +607,14 @@ class Checkpointed(nn.Module):
         return self.again("conv, bn, relu", self.chain, self.first(x)).sin().mean((2, 3))
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs")  # while recording
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # in the target pass
 @pytest.mark.parametrize("before", (True, False), ids=("before attach", "after attach"))
 @pytest.mark.parametrize("mode", ("random", "target"))
 @pytest.mark.parametrize("method", ("hooks", "replace"))
 @pytest.mark.parametrize("use_reentrant", (True, False))
 @pytest.mark.parametrize("part", ("conv", "conv, bn", "conv, bn, relu"))
 def test_checkpoints_within_a_chain(part, use_reentrant, method, mode, before):
-    """Exactly what is learned without them: hooks in a chain's place would round otherwise, or not be taken at all."""
+    """The gradients are exactly those without checkpoints, so that hooks did not serve the chain."""
     torch.manual_seed(0)
     plain = varied(Checkpointed()).double()
 
@@ -635,43 +637,43 @@ def test_checkpoints_within_a_chain(part, use_reentrant, method, mode, before):
 
 
 @pytest.mark.parametrize("watched", (("conv1",), ("bn1",), ("relu",), ("conv1", "bn1", "relu")))
-def test_hooks_that_come_later_see_what_they_would_see(watched):
+def test_hooks_that_are_added_later_see_the_same_tensors(watched):
     model = build("resnet18").double()
-    seen = []
+    tensors = []
 
     def forward(model, x):
-        seen.append([])
+        tensors.append([])
         for name in watched:
             module = model.get_submodule(name)
-            module.register_forward_pre_hook(lambda m, args: seen[-1].append(args[0].clone()))
-            module.register_forward_hook(lambda m, args, out: seen[-1].append(out.clone()))
+            module.register_forward_pre_hook(lambda m, args: tensors[-1].append(args[0].clone()))
+            module.register_forward_hook(lambda m, args, out: tensors[-1].append(out.clone()))
         return model(x)
 
     arguments = {"mode": "random", "p_zero": 0.3, "forward": forward}
     assert_same(
         *(shaped_step(model, m, [1, 4], images.double(), **arguments) for m in ("hooks", "replace"))
     )
-    for a, b in zip(*seen, strict=True):
+    for a, b in zip(*tensors, strict=True):
         assert torch.allclose(a, b)
 
 
 @pytest.mark.parametrize("order", ((0, 1), (1, 0)))
 def test_two_attachments(order):
-    """On different layers both replace; on one layer both go by hooks, as two hooks would."""
+    """On different layers both replace. On the same layer hooks serve both."""
     model = build("resnet18").double()
 
     def run(method, layers):
-        copied = copy.deepcopy(model)
+        twin = copy.deepcopy(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            both = [attach(copied, k, mode="random", p_zero=0.3, method=method) for k in layers]
+            both = [attach(twin, k, mode="random", p_zero=0.3, method=method) for k in layers]
         torch.manual_seed(1)
-        outputs = [copied(images.double())]
+        outputs = [twin(images.double())]
         for which in order:
             both[which].remove()
-            outputs.append(copied(images.double()))
+            outputs.append(twin(images.double()))
         assert all(
-            type(m).__module__.startswith(("torch.", "torchvision.")) for m in copied.modules()
+            type(m).__module__.startswith(("torch.", "torchvision.")) for m in twin.modules()
         )
         return outputs
 
@@ -680,19 +682,19 @@ def test_two_attachments(order):
             assert torch.allclose(a, b, rtol=1e-10)
 
 
-def test_shaping_that_is_lost_is_an_error():
+def test_a_lost_shaping_is_an_error():
     model = build("resnet18")
     replaced(model, 1)
     model.bn1 = nn.BatchNorm2d(64)
-    with pytest.raises(RuntimeError, match="what conv1 gave never reached its BatchNorm2d"):
+    with pytest.raises(RuntimeError, match="the output of conv1 did not reach its BatchNorm2d"):
         model(images)
     model = build("resnet18")
     replaced(model, 1)
-    with pytest.raises(RuntimeError, match="as nn.SyncBatchNorm.convert_sync_batchnorm does"):
+    with pytest.raises(RuntimeError, match="If nn.SyncBatchNorm.convert_sync_batchnorm or"):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)(images)
 
 
-def test_an_error_on_the_way_leaves_nothing_behind():
+def test_an_error_in_forward_leaves_no_state():
     model = build("resnet18").double()
 
     def forward(model, x):
@@ -711,11 +713,11 @@ def test_an_error_on_the_way_leaves_nothing_behind():
     )
 
 
-# ---- nothing else is touched ----
+# ---- nothing else changes ----
 
 
 def state_of(model):
-    """Everything a module holds, by identity."""
+    """All attributes of a module, by identity."""
     return [
         (id(m), type(m), {k: dict(v) if isinstance(v, dict) else v for k, v in vars(m).items() if k != "training"})
         for m in model.modules()
@@ -740,7 +742,7 @@ def test_remove_leaves_the_model_as_it_was():
                 assert all(a[key][name] is b[key][name] for name in b[key])
             else:
                 assert a[key] == b[key] or a[key] is b[key]
-    assert model.bn1.num_batches_tracked.item() == 1  # statistics as trained
+    assert model.bn1.num_batches_tracked.item() == 1  # keeps the statistics of the training step
     attachment.remove()
     model(images)
 
@@ -763,12 +765,12 @@ def test_copies_have_an_attachment_of_their_own():
     attachment = replaced(model, [1, 4], mode="target")
     attachment.record(targets)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        (found,) = fastshape.attachments(other)
-        assert found is not attachment and found.model is other
+        (attachment_of_copy,) = fastshape.attachments(other)
+        assert attachment_of_copy is not attachment and attachment_of_copy.model is other
         twin = copy.deepcopy(model)
         assert torch.equal(other(images), twin(images))
-        assert found.fired == {"conv1": 1, "layer1.1.conv1": 1}
-        found.remove()
+        assert attachment_of_copy.fired == {"conv1": 1, "layer1.1.conv1": 1}
+        attachment_of_copy.remove()
         assert not any(isinstance(m, ShapedBatchNorm2d) for m in other.modules())
         assert type(other.relu) is nn.ReLU and isinstance(model.bn1, ShapedBatchNorm2d)
     assert attachment.fired == {"conv1": 0, "layer1.1.conv1": 0}
@@ -779,7 +781,7 @@ def test_copies_have_an_attachment_of_their_own():
 
 @pytest.mark.parametrize("record_mode", ("eval", "train"))
 def test_recording_is_the_same(record_mode):
-    """Convolution, bits, plain BatchNorm and ReLU; no graph; nothing beyond the deepest layer; bits alone are held."""
+    """The target pass runs plain BatchNorm and ReLU, builds no graph, ends at the deepest layer and keeps only bits."""
     model = build("resnet18")
     held, buffers, after = [], [], []
 
@@ -787,15 +789,13 @@ def test_recording_is_the_same(record_mode):
         raise AssertionError("a tensor was saved for backward")
 
     for method in ("hooks", "replace"):
-        copied = copy.deepcopy(model)
-        copied.layer2.register_forward_pre_hook(lambda m, a: after.append(a))
-        attachment = attach(
-            copied, [1, 2, 4], mode="target", record_mode=record_mode, method=method
-        )
+        twin = copy.deepcopy(model)
+        twin.layer2.register_forward_pre_hook(lambda m, a: after.append(a))
+        attachment = attach(twin, [1, 2, 4], mode="target", record_mode=record_mode, method=method)
         with torch.autograd.graph.saved_tensors_hooks(forbidden, lambda t: t):
             attachment.record(targets)
         held.append(attachment._recorded)
-        buffers.append(dict(copied.named_buffers()))
+        buffers.append(dict(twin.named_buffers()))
         assert attachment.fired == dict.fromkeys(attachment.names, 0) and not after
         (mask,) = attachment._recorded["conv1"]
         assert mask.bits.nbytes == 4 * 64 * 32 * 32 // 8

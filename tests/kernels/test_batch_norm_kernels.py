@@ -1,21 +1,20 @@
-"""Shape + BatchNorm + ReLU as one op: every backend of the CPU against the reference.
+"""Shape + BatchNorm + ReLU as one op: every CPU backend against the reference.
 
-Exact, bit for bit: y, the bits, the statistics, the running statistics; and dx, given the same sums.
-Rounded: sums of gradients. Native ones add at most 64 numbers in the dtype's accumulator before they go
-on in float64, so a sum of terms t is off by at most 64 eps sum(abs(t)), eps being half of float32's.
+y, the bits, the statistics and the running statistics must be equal bit for bit. So must dx, if the sums of gradients are equal.
+The sums of gradients are rounded. The native kernels add up at most 64 numbers in the dtype's accumulator and continue in
+float64. So a sum of terms t is off by at most 64 eps sum(abs(t)), where eps is half of float32's.
 """
 
 import pytest
 import torch
-from conftest import DTYPES, as_bits, assert_same_bits, awkward
+from tensors import DTYPES, as_bits, assert_same_bits, awkward
 
 from fastshape import reference
 
 ops = torch.ops.fastshape
-OPS = ("shaped_batch_norm", "shaped_batch_norm_", "shaped_batch_norm_backward")  # opchecked here
 STATE = torch.tensor([-77, 2**32 - 3])
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# (N, C, H, W): planes below, at and above a step of 32 and not multiples of a byte; channels too.
+# (N, C, H, W): planes and channels below, at and above a step of 32, also with sizes that are no multiple of 8.
 SIZES = (
     (1, 1, 1, 2),
     (3, 1, 5, 5),
@@ -77,8 +76,8 @@ def test_forward(simd, dtype, memory_format, kind):
             actual = forward(ops.shaped_batch_norm, *call)
             inplace = x.clone()
             saved = forward(ops.shaped_batch_norm_, inplace, *call[1:])
-            for got, want in zip((actual, (inplace, *saved)), (expected, expected), strict=True):
-                for a, b in zip(got, want, strict=True):
+            for results in (actual, (inplace, *saved)):
+                for a, b in zip(results, expected, strict=True):
                     if b.dtype == torch.uint8:
                         assert torch.equal(a, b), size
                     else:
@@ -100,39 +99,39 @@ def test_backward(simd, dtype, memory_format, kind):
                 reference.shaped_batch_norm, x, mask, weight, bias, mean, var, training, relu, False
             )
             call = (grad, ones, statistics, *mask, weight, bias, training, relu, True)
-            want, got = (
-                reference.shaped_batch_norm_backward(*call),
-                ops.shaped_batch_norm_backward(*call),
-            )
-            assert got[0].stride() == x.stride() and got[0].dtype == dtype
-            # What the sums may be off by, and what follows from that for the rest.
+            expected = reference.shaped_batch_norm_backward(*call)
+            actual = ops.shaped_batch_norm_backward(*call)
+            assert actual[0].stride() == x.stride() and actual[0].dtype == dtype
+            # The error bound of the sums, and the bounds that follow from it.
             eps = EPS32 if dtype != torch.float64 else 2.0**-53
             slack = 65 * eps * grad.double().abs().sum((0, 2, 3))
             scale, xhat, _ = reference._table(statistics, weight, bias)
             xhat = torch.stack(xhat).abs().amax(0)
             if weight is not None:
                 rounding = 2 * eps
-                for a, b, bound in zip(got[1:], want[1:], (xhat * slack, slack), strict=True):
+                for a, b, bound in zip(
+                    actual[1:], expected[1:], (xhat * slack, slack), strict=True
+                ):
                     assert a.dtype == weight.dtype
                     assert ((a - b).abs() <= bound + rounding * b.abs()).all(), size
             shift = scale.abs() * (1 + xhat**2) * slack / (x.numel() // size[1])
             half_step = torch.finfo(dtype).eps
             bound = (
                 2 * shift.view(1, -1, 1, 1)
-                + 2 * half_step * want[0].abs().double()
+                + 2 * half_step * expected[0].abs().double()
                 + torch.finfo(dtype).tiny
             )
             bound = bound + 4 * eps * (scale.abs().view(1, -1, 1, 1) * grad.double().abs())
-            assert ((got[0].double() - want[0].double()).abs() <= bound).all(), size
+            assert ((actual[0].double() - expected[0].double()).abs() <= bound).all(), size
             without_x = ops.shaped_batch_norm_backward(*call[:-1], False)
             assert without_x[0].numel() == 0
-            assert all(torch.equal(a, b) for a, b in zip(without_x[1:], got[1:], strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(without_x[1:], actual[1:], strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_backward_bit_for_bit_where_sums_are_exact(simd, dtype, memory_format):
-    """Gradients of few bits add up without rounding, so nothing may differ."""
+    """Sums of small integers are exact, so that all bits must be equal."""
     for size in SIZES:
         x = draw(size, dtype, memory_format)
         grad = torch.randint(-3, 4, x.shape, generator=torch.Generator().manual_seed(5)).to(x)
@@ -167,7 +166,7 @@ def test_threads_change_nothing(threads, memory_format):
     x = draw((6, 40, 33, 37), torch.float32, memory_format)
     grad = torch.randn_like(x)
     weight, bias, mean, var = parameters(40, torch.float32)
-    seen = []
+    runs = []
     for count in (1, 2, 5):
         threads(count)
         mask = mask_arguments("random", x)
@@ -177,14 +176,14 @@ def test_threads_change_nothing(threads, memory_format):
         back = ops.shaped_batch_norm_backward(
             grad, ones, statistics, *mask, weight, bias, True, True, True
         )
-        seen.append((y, statistics, *running, *back))
-    for other in seen[1:]:
-        for a, b in zip(seen[0], other, strict=True):
+        runs.append((y, statistics, *running, *back))
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
             assert_same_bits(a, b)
 
 
 def test_by_hand():
-    """One channel, four elements, two ones: mean 1/2, var 1/4; eps 0 makes invstd 2, so y is bias -+ weight."""
+    """One channel with four elements, two of them ones: mean 1/2, var 1/4. With eps 0, invstd is 2 and y is bias -+ weight."""
     x = torch.tensor([-1.0, 2.0, 3.0, 4.0]).view(1, 1, 2, 2)
     keep = torch.tensor([0b0111], dtype=torch.uint8)
     weight, bias = torch.tensor([3.0]), torch.tensor([1.0])
@@ -194,23 +193,22 @@ def test_by_hand():
     )
     assert ones.tolist() == [0b0110]
     assert statistics.flatten().tolist() == [0.5, 2.0]
-    assert y.flatten().tolist() == [0.0, 4.0, 4.0, 0.0]  # 1 - 3 = -2 is cut by ReLU
-    assert mean.item() == 0.25 and var.item() == pytest.approx(
-        (1 + 1 / 3) / 2
-    )  # 1/4 * 4/3 unbiased
+    assert y.flatten().tolist() == [0.0, 4.0, 4.0, 0.0]  # ReLU makes 1 - 3 = -2 a zero
+    assert mean.item() == 0.25
+    assert var.item() == pytest.approx((1 + 1 / 3) / 2)  # the unbiased variance is 1/4 * 4/3
 
     grad = torch.tensor([100.0, 1.0, 2.0, 100.0]).view(1, 1, 2, 2)
     dx, grad_weight, grad_bias = ops.shaped_batch_norm_backward(
         grad, ones, statistics, None, keep, 0.0, weight, bias, True, True, True
     )
-    # Behind the closed ReLU: nothing. dy = (0, 1, 2, 0), xhat = (-1, 1, 1, -1).
+    # The closed ReLU passes no gradient: dy = (0, 1, 2, 0), xhat = (-1, 1, 1, -1).
     assert grad_bias.item() == 3.0 and grad_weight.item() == 3.0
     # dx = 6 (dy - 3/4 - xhat 3/4), masked by (1, 1, 1, 0).
     assert dx.flatten().tolist() == [0.0, -3.0, 3.0, 0.0]
 
 
 def test_the_chain_of_modules():
-    """shape, nn.BatchNorm2d and ReLU, whose mean and variance are sums of float64 here."""
+    """The op equals shape, nn.BatchNorm2d and ReLU one after the other, in float64."""
     torch.manual_seed(0)
     for memory_format in FORMATS.values():
         x = torch.randn(4, 6, 5, 7, dtype=torch.float64).contiguous(memory_format=memory_format)
@@ -254,12 +252,15 @@ def test_opcheck():
         ({"x": torch.zeros(3, 4)}, "4 dimensions"),
         ({"bias": None}, "both or neither"),
         ({"running_var": None}, "both or neither"),
-        ({"weight": torch.zeros(4)}, "weight must be contiguous, of 3 numbers"),
+        (
+            {"weight": torch.zeros(4)},
+            "weight must be contiguous, on the device of x, with 3 numbers",
+        ),
         ({"running_mean": None, "running_var": None, "training": False}, "needed"),
         ({"x": torch.zeros(1, 3, 4, 4)[:, :, ::2]}, "dense in memory"),
     ),
 )
-def test_arguments_that_would_be_misread_are_refused(kernels, change, message):
+def test_unsuitable_arguments_are_errors(kernels, change, message):
     call = {
         "x": torch.zeros(2, 3, 4, 4),
         "rng_state": None,

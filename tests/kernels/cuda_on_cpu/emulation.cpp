@@ -1,4 +1,4 @@
-// C functions for the test, and the loop over blocks and warps.
+// The loop over blocks and warps, and C functions for the tests.
 #include <ucontext.h>
 
 #include "batch_norm.cuh"
@@ -8,12 +8,12 @@
 namespace emulation {
 namespace {
 
-// A lane runs until it meets the others, and then the next goes on.
+// A lane runs until it waits for the others; then the next lane runs.
 struct Lane {
   ucontext_t context;
   Index thread, block;
   bool done;
-  unsigned met;
+  unsigned waits;
   alignas(64) char stack[1 << 16];
 };
 
@@ -32,10 +32,10 @@ void run_lane() {
 
 }  // namespace
 
-void meet() {
+void wait_for_lanes() {
   Lane& lane = *running;
   lane.thread = threadIdx, lane.block = blockIdx;
-  ++lane.met;
+  ++lane.waits;
   swapcontext(&lane.context, &scheduler);
   threadIdx = lane.thread, blockIdx = lane.block;
 }
@@ -44,7 +44,7 @@ void run(unsigned blocks, unsigned threads_of_a_block, const std::function<void(
   kernel = &body, threads = threads_of_a_block;
   gridDim.x = last_grid = blocks;
   for (Lane& lane : lanes) {
-    lane.done = false, lane.met = 0;
+    lane.done = false, lane.waits = 0;
     getcontext(&lane.context);
     lane.context.uc_stack.ss_sp = lane.stack;
     lane.context.uc_stack.ss_size = sizeof lane.stack;
@@ -60,7 +60,7 @@ void run(unsigned blocks, unsigned threads_of_a_block, const std::function<void(
       left += !lane.done;
     }
   }
-  for (const Lane& lane : lanes) failed |= lane.met != lanes[0].met;
+  for (const Lane& lane : lanes) failed |= lane.waits != lanes[0].waits;
 }
 
 }  // namespace emulation

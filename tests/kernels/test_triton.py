@@ -1,8 +1,7 @@
-"""The Triton kernels equal the reference, bit for bit: interpreted on any machine, compiled on a GPU.
+"""The Triton kernels equal the reference bit for bit: interpreted on any machine, compiled on a GPU.
 
-Whether Triton interprets is settled when it is first imported, so the interpreter has a process of its own,
-which `test_in_the_interpreter` starts. On a GPU the same tests run on the compiled kernels, and on the native
-CUDA kernels where those serve.
+Triton decides at its first import whether it interprets. So `test_in_the_interpreter` starts a process of its own for the
+interpreter. On a GPU the same tests run with the compiled kernels and, if they are available, with the native CUDA kernels.
 """
 
 import os
@@ -12,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DTYPES, as_bits, assert_same_bits, awkward
+from tensors import DTYPES, as_bits, assert_same_bits, awkward
 from test_stream import SEEDS, state_of
 
 import fastshape
 from fastshape import reference
 from fastshape.backends import triton
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 INTERPRETED = fastshape.backend_info()["cpu"] == "triton"
 SIZES = (0, 1, 7, 8, 9, 63, 64, 65, 999, 5000)
 
@@ -30,17 +29,17 @@ def test_in_the_interpreter():
     if INTERPRETED:
         pytest.skip("this is the interpreter's process")
     selection = [
-        "test_triton.py",
-        # Through the dispatcher: what an op does to its arguments, and autograd around it.
-        "test_pytorch.py::test_opcheck[shape_]",
-        "test_pytorch.py::test_opcheck[shape_clipped]",
-        "test_shape.py::test_values_by_hand",
-        "test_shape.py::test_gradients_by_hand",
-        "test_shape.py::test_channels_last_is_kept_and_numbered_in_memory_order",
-        "test_shape.py::test_saved_for_backward",
-        "test_bitmask.py",
+        "kernels/test_triton.py",
+        # Tests through the dispatcher, of changes to arguments and of autograd.
+        "package/test_pytorch.py::test_opcheck[shape_]",
+        "package/test_pytorch.py::test_opcheck[shape_clipped]",
+        "package/test_shape.py::test_values_by_hand",
+        "package/test_shape.py::test_gradients_by_hand",
+        "package/test_shape.py::test_channels_last_is_kept_and_numbered_in_memory_order",
+        "package/test_shape.py::test_saved_for_backward",
+        "package/test_bitmask.py",
     ]
-    done = subprocess.run(
+    process = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -51,17 +50,17 @@ def test_in_the_interpreter():
             "-p",
             "no:cacheprovider",
         ]
-        + [str(HERE / name) for name in selection],
+        + [str(TESTS / name) for name in selection],
         env={**os.environ, "FASTSHAPE_BACKEND": "triton", "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
+    assert process.returncode == 0, process.stdout[-20_000:] + process.stderr
 
 
 class Ops:
-    """The ops of one implementation. They take and give CPU tensors; `device` is where they compute."""
+    """The ops of one implementation. Arguments and results are CPU tensors; `device` does the computation."""
 
     def __init__(self, implementation, device: str):
         self.implementation, self.device = implementation, device
@@ -70,7 +69,7 @@ class Ops:
         def call(*arguments):
             there = [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in arguments]
             result = getattr(self.implementation, name)(*there)
-            if name.endswith("_"):  # give back what x has become, too
+            if name.endswith("_"):  # also return x after the op
                 result = (there[0], result)
             return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, result)
 
@@ -127,12 +126,12 @@ def test_shape_equals_reference(ops, dtype, binarize):
                 assert_same_bits(y, expected[0])
                 assert nothing is None
                 assert_equal(ops.shape_clipped_(x.clone(), *mask, binarize), expected)
-        assert torch.equal(as_bits(x), as_bits(awkward(n, dtype))), "x must be left alone"
+        assert torch.equal(as_bits(x), as_bits(awkward(n, dtype))), "x must not change"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_offsets_near_2_32_and_2_64(ops, seed):
-    # 5000 elements are 625 calls: each base makes the counter carry, or wrap, on its way.
+    # 5000 elements need 625 calls. With each base the counter carries or wraps between them.
     for base in (0, 2**32 - 300, 2**63 - 300, 2**64 - 300):
         state = state_of(seed, base)
         expected = reference.pack_random(state, 5000, 0.5)
@@ -183,7 +182,7 @@ def test_pack_and_unpack(ops, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_that_does_not_start_at_a_vector(ops, dtype):
-    # A slice: its first element and its bits are aligned to nothing, and its neighbours are not its own.
+    # The first element and the bits of a slice are not aligned, and its neighbours must not change.
     whole, n, start = awkward(6000, dtype), 5003, 5
     bits = torch.randint(256, (700,), dtype=torch.uint8)[3 : 3 + (n + 7) // 8]
     expected = whole.clone()
@@ -203,7 +202,7 @@ def test_elements_are_numbered_in_memory_order(ops, order):
     assert torch.equal(ops.pack(x), reference.pack(x))
 
 
-def test_arguments_that_would_be_misread_are_refused(ops):
+def test_unsuitable_arguments_are_errors(ops):
     x, state = torch.randn(3, 4), fastshape.rng_state(1)
     bits = torch.zeros(1, dtype=torch.uint8)
     for message, call in {
@@ -230,7 +229,7 @@ def test_more_than_2_31_elements(n):
     triton.shape_(x, state.cuda(), None, 0.5, True)
     bits = triton.pack(x)
     assert torch.equal(bits, triton.pack_random(state.cuda(), n, 0.5))
-    # The stream is numbered by element: any stretch is a small mask at a later offset.
+    # Draws are numbered by element, so that any stretch equals a small mask with a later offset.
     for start in (0, 2**31 - 800, n // 8 * 8 - 8000):
         stretch = slice(start, min(start + 8000, n))
         later = torch.tensor([5, state[1] + start // 8])
@@ -243,9 +242,9 @@ def test_more_than_2_31_elements(n):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_captured_graph_reads_the_state_it_finds():
+def test_a_captured_graph_reads_the_state_at_each_replay():
     x, state = torch.ones(5000, device="cuda"), fastshape.rng_state(1, device="cuda")
-    triton.shape(x, state, None, 0.5, True)  # compiled before the capture, where it could not be
+    triton.shape(x, state, None, 0.5, True)  # compiles, which a capture does not allow
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = triton.shape(x, state, None, 0.5, True)
@@ -266,11 +265,11 @@ def test_a_device_that_is_not_the_current_one():
     assert_same_bits(y.cpu(), reference.shape(x, state, None, 0.5, True))
 
 
-# ---- what the compiler makes of the kernels: no GPU is needed to see that ----
+# ---- the code that Triton's compiler generates; no GPU is needed ----
 
 
-def compiled(target, dtype: torch.dtype, mask: str, within_one: bool):
-    """The `shape` kernel for one architecture, as `triton.shape` would launch it."""
+def compile_shape(target, dtype: torch.dtype, mask: str, within_one: bool):
+    """The `shape` kernel, compiled for one architecture as `triton.shape` launches it."""
     compiler = pytest.importorskip("triton.compiler")
     from fastshape.backends import triton_kernels
 
@@ -278,11 +277,11 @@ def compiled(target, dtype: torch.dtype, mask: str, within_one: bool):
     bits = 8 * dtype.itemsize
     types = {"x": f"*i{bits}", "y": f"*i{bits}", "n": "i64", "threshold": "i32"}
     pointers = {"within_one": "*u8", "rng_state": "*i64", "bits": "*u8"}
-    given = {"rng_state" if mask == "random" else "bits"} | (
+    arguments = {"rng_state" if mask == "random" else "bits"} | (
         {"within_one"} if within_one else set()
     )
-    types |= {name: kind for name, kind in pointers.items() if name in given}
-    constants = dict.fromkeys(set(pointers) - given)
+    types |= {name: kind for name, kind in pointers.items() if name in arguments}
+    constants = dict.fromkeys(set(pointers) - arguments)
     constants |= {"BINARIZE": True, "INFINITY": infinity, "ONE": one}
     constants |= {"BYTES": triton._PROGRAM_BYTES // bits}
     names = triton_kernels.shape.arg_names
@@ -290,7 +289,7 @@ def compiled(target, dtype: torch.dtype, mask: str, within_one: bool):
         triton_kernels.shape,
         {name: types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        # torch's allocations start at multiples of 16 bytes, and Triton knows.
+        # Triton knows that torch's allocations start at multiples of 16 bytes.
         {
             (k,): [["tt.divisibility", 16]]
             for k, name in enumerate(names)
@@ -306,8 +305,10 @@ def compiled(target, dtype: torch.dtype, mask: str, within_one: bool):
 def test_loads_and_stores_take_16_bytes(dtype, mask, tmp_path, monkeypatch):
     compiler = pytest.importorskip("triton.backends.compiler")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = compiled(compiler.GPUTarget("cuda", 90, 32), dtype, mask, within_one=mask == "random")
-    # Two loads and two stores a thread, for the programs whose elements all exist.
+    kernel = compile_shape(
+        compiler.GPUTarget("cuda", 90, 32), dtype, mask, within_one=mask == "random"
+    )
+    # Programs whose elements all exist have two loads and two stores per thread.
     wide = "v2.b64" if dtype == torch.float64 else "v4.b32"
     assert kernel.asm["ptx"].count(f"ld.global.{wide}") == 2
     assert kernel.asm["ptx"].count(f"st.global.{wide}") == 2
@@ -320,5 +321,5 @@ def test_loads_and_stores_take_16_bytes(dtype, mask, tmp_path, monkeypatch):
 def test_compiles_for_other_architectures(target, tmp_path, monkeypatch):
     compiler = pytest.importorskip("triton.backends.compiler")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = compiled(compiler.GPUTarget(*target), torch.float16, "random", within_one=True)
+    kernel = compile_shape(compiler.GPUTarget(*target), torch.float16, "random", within_one=True)
     assert kernel.asm["cubin" if target[0] == "cuda" else "hsaco"]

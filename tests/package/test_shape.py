@@ -1,8 +1,8 @@
-"""shape(): values and gradients of the backend in use equal the reference, bit for bit."""
+"""shape(): values and gradients of the backend in use equal the reference bit for bit."""
 
 import pytest
 import torch
-from conftest import DTYPES, SIZES, as_bits, assert_same_bits, awkward
+from tensors import DTYPES, SIZES, as_bits, assert_same_bits, awkward
 
 import fastshape
 from fastshape import BitMask, reference
@@ -105,7 +105,7 @@ def test_gradients_by_hand():
 
 
 @pytest.mark.parametrize("inplace", (False, True))
-def test_gradient_zero_cuts_the_branch(inplace):
+def test_gradient_zero_detaches_the_result(inplace):
     weight = torch.randn(8, requires_grad=True)
     y = fastshape.shape(weight * 1, p_zero=0.5, gradient="zero", inplace=inplace)
     assert not y.requires_grad
@@ -127,14 +127,14 @@ def test_channels_last_is_kept_and_numbered_in_memory_order(kind, inplace):
     actual = fastshape.shape(actual_x.clone(), gradient="clipped", inplace=inplace, **arguments)
     assert actual.is_contiguous(memory_format=torch.channels_last)
     assert_same_bits(actual, expected)
-    # A gradient in the other memory format: the mask must still meet its own elements.
+    # The gradient has the other memory format. The mask must still belong to the right elements.
     grad = torch.randn(x.shape)
     expected.backward(grad)
     actual.backward(grad)
     assert torch.equal(actual_x.grad, expected_x.grad)
 
 
-def test_mask_recorded_in_one_memory_format_serves_the_other():
+def test_a_mask_of_one_memory_format_serves_the_other():
     x, target = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     expected = (x > 0).float() * (target > 0)
     for x_format in (torch.contiguous_format, torch.channels_last):
@@ -168,7 +168,7 @@ def test_other_strides_are_numbered_as_if_contiguous(inplace):
 
 
 def test_input_is_a_slice_of_a_larger_tensor():
-    # Not aligned to a vector, and with neighbours that must not be touched.
+    # The slice is not aligned to a vector, and its neighbours must not change.
     storage = torch.full((1000,), 7.0)
     x = storage[3:900]
     fastshape.shape(x, p_zero=0.5, inplace=True)
@@ -194,7 +194,7 @@ def test_zero_dimensions_and_empty():
         assert y.shape == shape and x.grad.shape == shape
 
 
-def test_input_is_left_alone_unless_in_place():
+def test_input_changes_only_in_place():
     x = awkward(1000, torch.float32)
     before = as_bits(x).clone()
     fastshape.shape(x, p_zero=0.5)
@@ -215,15 +215,15 @@ def test_each_call_draws_a_new_mask_and_a_seed_repeats_it():
 
 
 def saved_bytes(function, *inputs) -> int:
-    seen = {}
+    sizes = {}
 
     def keep(t):
-        seen[t.data_ptr()] = t.numel() * t.element_size()
+        sizes[t.data_ptr()] = t.numel() * t.element_size()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         function(*inputs)
-    return sum(seen.values())
+    return sum(sizes.values())
 
 
 def test_saved_for_backward():
@@ -239,7 +239,7 @@ def test_saved_for_backward():
 @pytest.mark.slow
 @pytest.mark.skipif(
     fastshape.backend_info()["cpu"] == "reference",
-    reason="the reference keeps tens of bytes an element: more memory than most machines have",
+    reason="the reference needs tens of bytes per element, more memory than most machines have",
 )
 def test_more_than_2_31_elements():
     n = 2**31 + 77
@@ -247,7 +247,7 @@ def test_more_than_2_31_elements():
     x[-5:] = -1
     state = torch.tensor([5, 2**32 - 1000])
     fastshape.shape(x, p_zero=0.5, rng_state=state, inplace=True)
-    # The stream is numbered by element: the tail is a small mask at a later offset.
+    # Draws are numbered by element, so that the tail equals a small mask with a later offset.
     start = n // 8 * 8 - 8000
     expected = reference.random_mask(torch.tensor([5, state[1] + start // 8]), n - start, 0.5)
     expected[-5:] = False

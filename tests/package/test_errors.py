@@ -1,4 +1,4 @@
-"""Bad input to the core: the type of each error, and that it names the argument, the value and what is allowed."""
+"""Errors for bad input to fastshape: their types, and that they name the argument, the value and the allowed range."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_mask_of_another_dtype(mask):
         shape(x, mask=mask)
 
 
-def test_mask_that_is_neither():
+def test_mask_of_a_wrong_type():
     with pytest.raises(TypeError, match="mask: must be a BitMask or a tensor of.*not str"):
         shape(x, mask="sketch")
 
@@ -81,7 +81,7 @@ def test_arguments_that_exclude_each_other():
         rng_state(1, generator=torch.Generator())
 
 
-def test_gradient_that_does_not_exist():
+def test_unknown_gradient():
     with pytest.raises(
         ValueError, match="gradient='exact': allowed are straight_through, clipped, zero"
     ):
@@ -105,7 +105,7 @@ def test_gradient_that_does_not_exist():
         ),
     ),
 )
-def test_rng_state_that_is_none(state, error, message):
+def test_rng_state_of_a_wrong_type_shape_or_device(state, error, message):
     with pytest.raises(error, match=message):
         shape(x, p_zero=0.5, rng_state=state)
 
@@ -133,7 +133,7 @@ def test_in_place_on_a_leaf_loses_nothing():
 @pytest.mark.skipif(
     fastshape.backend_info()["cpu"] == "reference", reason="the reference reads any strides"
 )
-def test_ops_refuse_memory_they_would_misread():
+def test_ops_check_their_arguments():
     ops, state = torch.ops.fastshape, rng_state(1)
     with pytest.raises(RuntimeError, match="dense"):
         ops.shape(torch.randn(1, 8).expand(8, 8), None, None, 0.0, True)

@@ -1,8 +1,8 @@
-"""The CUDA kernels on a GPU: the bits of the reference on the CPU, and at home in PyTorch's streams, graphs and devices."""
+"""The CUDA kernels on a GPU: equal to the reference bit for bit, and correct with streams, graphs and several devices."""
 
 import pytest
 import torch
-from conftest import DTYPES, as_bits, assert_same_bits, awkward
+from tensors import DTYPES, as_bits, assert_same_bits, awkward
 from torch.library import opcheck
 
 import fastshape
@@ -14,7 +14,7 @@ ops = torch.ops.fastshape
 
 STATE = torch.tensor([1234567, 2**32 - 2])
 MASKS = ("random", "bits", "none")
-# Around a mask byte, a tile of 256 and a step of several tiles; and enough that blocks go round more than once.
+# Sizes around a mask byte, a tile of 256 elements and a step of several tiles. The large ones make blocks loop.
 COUNTS = {
     "small": (0, 1, 9, 255, 256, 257, 1023, 1025, 3001),
     "large": (32768, 100_003, 3_000_001),
@@ -23,11 +23,13 @@ COUNTS = {
 
 @pytest.fixture(autouse=True)
 def gpu():
-    # Asked for here and not at import: asking starts the driver, and other tests fork.
+    # Asking for a GPU starts the driver, which processes that other tests fork cannot use. So do not ask at import.
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device is visible")
     if fastshape.backend_info()["cuda"] != "native":
-        pytest.skip(f"the CUDA kernels do not serve CUDA: {cuda.error() or 'another was chosen'}")
+        pytest.skip(
+            f"the CUDA kernels do not serve CUDA: {cuda.error() or 'another backend was chosen'}"
+        )
 
 
 def mask_arguments(kind: str, n: int) -> tuple:
@@ -43,7 +45,7 @@ def on_gpu(*tensors):
     return [None if t is None else t.cuda() for t in tensors]
 
 
-# ---- the same bits ----
+# ---- equal bits ----
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -58,20 +60,20 @@ def test_ops_equal_the_reference(dtype, kind, binarize, offset, counts):
         expected, expected_within = reference.shape_clipped(x, *masks, 0.37, binarize)
         masks = on_gpu(*masks)
         storage = torch.full((n + 64,), 7, dtype=dtype, device="cuda")
-        given = storage[16 + offset : 16 + offset + n]
-        given.copy_(x)
+        x_gpu = storage[16 + offset : 16 + offset + n]
+        x_gpu.copy_(x)
         before = storage.clone()
-        assert_same_bits(ops.shape(given, *masks, 0.37, binarize).cpu(), expected)
-        y, within = ops.shape_clipped(given, *masks, 0.37, binarize)
+        assert_same_bits(ops.shape(x_gpu, *masks, 0.37, binarize).cpu(), expected)
+        y, within = ops.shape_clipped(x_gpu, *masks, 0.37, binarize)
         assert_same_bits(y.cpu(), expected)
         assert torch.equal(within.cpu(), expected_within)
         assert torch.equal(as_bits(storage), as_bits(before))
-        within = ops.shape_clipped_(given, *masks, 0.37, binarize)
-        assert_same_bits(given.cpu(), expected)
+        within = ops.shape_clipped_(x_gpu, *masks, 0.37, binarize)
+        assert_same_bits(x_gpu.cpu(), expected)
         assert torch.equal(within.cpu(), expected_within)
-        given.copy_(x)
-        ops.shape_(given, *masks, 0.37, binarize)
-        assert_same_bits(given.cpu(), expected)
+        x_gpu.copy_(x)
+        ops.shape_(x_gpu, *masks, 0.37, binarize)
+        assert_same_bits(x_gpu.cpu(), expected)
         for guard in (slice(0, 16 + offset), slice(16 + offset + n, None)):
             assert torch.equal(storage[guard], before[guard])
 
@@ -83,11 +85,11 @@ def test_pack_and_unpack_equal_the_reference(offset, counts):
         for dtype in (*DTYPES, torch.bool, torch.uint8):
             x = awkward(n, torch.float32) > 0
             x = awkward(n, dtype) if dtype.is_floating_point else x.to(dtype)
-            given = torch.cat([x[:0], torch.zeros(offset, dtype=dtype), x]).cuda()[offset:]
-            bits = ops.pack(given)
+            x_gpu = torch.cat([x[:0], torch.zeros(offset, dtype=dtype), x]).cuda()[offset:]
+            bits = ops.pack(x_gpu)
             assert torch.equal(bits.cpu(), reference.pack(x))
-        given = torch.cat([bits.new_zeros(offset), bits])[offset:]
-        assert torch.equal(ops.unpack(given, n).cpu(), reference.unpack(bits.cpu(), n))
+        shifted = torch.cat([bits.new_zeros(offset), bits])[offset:]
+        assert torch.equal(ops.unpack(shifted, n).cpu(), reference.unpack(bits.cpu(), n))
 
 
 @pytest.mark.parametrize("p_zero", (0.0, 1e-9, 0.3, 0.999, 1 - 1e-9))
@@ -117,10 +119,10 @@ def test_values_and_gradients(dtype, kind, memory_format, gradient, inplace):
     elif kind == "bits":
         name = "contiguous" if memory_format == torch.contiguous_format else "channels_last"
         arguments = {"mask": BitMask(bits.cuda(), x.shape, name)}
-    given = x.clone() if inplace else x
-    y = fastshape.shape(given, gradient=gradient, inplace=inplace, **arguments)
+    x_gpu = x.clone() if inplace else x
+    y = fastshape.shape(x_gpu, gradient=gradient, inplace=inplace, **arguments)
     assert_same_bits(y.cpu(), expected)
-    grad = awkward(x.numel(), dtype, seed=5).view(x.shape)  # contiguous: the other format too
+    grad = awkward(x.numel(), dtype, seed=5).view(x.shape)  # contiguous, also for a channels_last x
     expected.backward(grad)
     y.backward(grad.cuda())
     assert torch.equal(as_bits(x.grad.cpu()), as_bits(expected_x.grad))
@@ -135,29 +137,29 @@ def test_more_than_2_31_elements():
     x[-5:] = -1
     state = torch.tensor([5, 2**32 - 1000])
     y, within = ops.shape_clipped(x, state.cuda(), None, 0.5, True)
-    # The stream is numbered by element: any stretch is a small mask at a later offset.
+    # Draws are numbered by element, so that any stretch equals a small mask with a later offset.
     for start in (0, 2**31 - 800, n // 8 * 8 - 8000):
         stop = min(start + 9000, n)
         at = torch.tensor([5, state[1] + start // 8])
         mask = reference.random_mask(at, stop - start, 0.5)
         expected = mask & (x[start:stop] > 0).cpu()
         assert torch.equal(y[start:stop].bool().cpu(), expected)
-        kept = within[start // 8 : (stop + 7) // 8].cpu()
-        assert torch.equal(reference.unpack(kept, stop - start), mask)
+        stretch = within[start // 8 : (stop + 7) // 8].cpu()
+        assert torch.equal(reference.unpack(stretch, stop - start), mask)
     bits = ops.pack(y)
     assert torch.equal(bits[-1000:].cpu(), reference.pack(y[8 * (bits.numel() - 1000) :].cpu()))
 
 
-# ---- at home in PyTorch ----
+# ---- streams, graphs, compilation, devices ----
 
 
 @pytest.mark.parametrize("name", ("shape", "shape_", "shape_clipped", "shape_clipped_"))
 def test_opcheck(name):
     x = torch.randn(2, 3, 4, 5, device="cuda")
     bits = torch.ones(15, dtype=torch.uint8, device="cuda")
-    for given in (x, x.half().contiguous(memory_format=torch.channels_last)):
+    for tensor in (x, x.half().contiguous(memory_format=torch.channels_last)):
         for masks in ((STATE.cuda(), None), (None, bits), (None, None)):
-            opcheck(getattr(ops, name).default, (given, *masks, 0.3, True))
+            opcheck(getattr(ops, name).default, (tensor, *masks, 0.3, True))
 
 
 def test_opcheck_of_bits():
@@ -186,15 +188,15 @@ def test_a_captured_graph_draws_a_new_mask_at_each_replay(own_generator):
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         y, grad = step()
-    seen = []
+    outputs = []
     for _ in range(3):
         graph.replay()
         assert torch.equal(y, grad) and 0.49 < y.mean() < 0.51
-        assert not any(torch.equal(y, earlier) for earlier in seen)
-        seen.append(y.detach().clone())
+        assert not any(torch.equal(y, earlier) for earlier in outputs)
+        outputs.append(y.detach().clone())
 
 
-def test_a_captured_graph_reads_the_state_at_replay():
+def test_a_captured_graph_reads_the_state_at_each_replay():
     x, state = torch.ones(1000, device="cuda"), STATE.cuda()
     fastshape.shape(x, p_zero=0.5, rng_state=state)
     graph = torch.cuda.CUDAGraph()
@@ -247,8 +249,8 @@ def test_compiled_function_draws_a_new_mask_at_each_call(mode):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: fastshape.shape(x * 2, p_zero=0.5), mode=mode)
     x = torch.ones(10_000, device="cuda")
-    seen = [compiled(x).clone() for _ in range(4)]
-    assert all(not torch.equal(seen[i], seen[j]) for i in range(4) for j in range(i))
+    outputs = [compiled(x).clone() for _ in range(4)]
+    assert all(not torch.equal(outputs[i], outputs[j]) for i in range(4) for j in range(i))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -262,7 +264,7 @@ def test_autocast(dtype):
     assert conv.weight.grad.abs().sum() > 0
 
 
-def test_determinism_is_no_obstacle():
+def test_deterministic_algorithms():
     x, state = torch.randn(10_007, device="cuda"), STATE.cuda()
     torch.use_deterministic_algorithms(True)
     try:
@@ -276,15 +278,15 @@ def test_saved_for_backward():
     x = torch.randn(8, 1000, device="cuda", requires_grad=True)
     mask = BitMask.from_tensor(torch.randn(8, 1000, device="cuda"))
     for arguments, expected in (({"p_zero": 0.5}, 16), ({"mask": mask}, 1000)):
-        seen = {}
+        saved = {}
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, seen=seen: seen.setdefault(t.data_ptr(), t), lambda t: t
+            lambda t, saved=saved: saved.setdefault(t.data_ptr(), t), lambda t: t
         ):
             fastshape.shape(x, **arguments)
-        assert sum(t.numel() * t.element_size() for t in seen.values()) == expected
+        assert sum(t.numel() * t.element_size() for t in saved.values()) == expected
 
 
-def test_tensors_of_several_devices_are_refused():
+def test_tensors_on_several_devices_are_errors():
     x, state = torch.randn(16), STATE
     with pytest.raises(RuntimeError, match="x must be a CUDA tensor"):
         ops.shape(x, state.cuda(), None, 0.5, True)
@@ -306,5 +308,5 @@ def test_second_device():
     assert_same_bits(y.cpu(), expected)
     y.sum().backward()
     assert torch.equal(leaf.grad.cpu().bool(), reference.random_mask(state, x.numel(), 0.5))
-    with pytest.raises(RuntimeError, match="on one device with x"):
+    with pytest.raises(RuntimeError, match="on the device of x"):
         ops.shape(x.to("cuda:1"), state.to("cuda:0"), None, 0.5, True)

@@ -1,4 +1,4 @@
-"""ShapedBatchNorm2d: shape -> nn.BatchNorm2d -> ReLU of the reference, in one op."""
+"""ShapedBatchNorm2d equals the chain of reference shaping, nn.BatchNorm2d and ReLU."""
 
 import copy
 import itertools
@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import DTYPES, awkward
+from tensors import DTYPES, awkward
 from torch import nn
 from torch.library import opcheck
 
@@ -22,7 +22,7 @@ M = N * H * W
 
 
 def unit(dtype):
-    """Unit roundoff: a rounded number is off by at most this share of itself."""
+    """The unit roundoff: the largest relative error of rounding."""
     return torch.finfo(dtype).eps / 2
 
 
@@ -32,7 +32,7 @@ def a_map(dtype=torch.float32, memory_format=torch.contiguous_format, seed=0, si
 
 
 def a_mask(kind, seed=0):
-    """Arguments of a module's forward, and of `reference.differentiable_shape` on an (N, C, H, W) of either format."""
+    """Mask arguments for a module's forward and for `reference.differentiable_shape`, for both memory formats."""
     if kind == "random":
         state = fastshape.rng_state(seed)
         return {"rng_state": state}, lambda x: {"rng_state": state, "p_zero": 0.3}
@@ -51,7 +51,7 @@ def per_channel(t):
 
 
 def affine(bn, seed=0):
-    """Weights of both signs, so that ReLU closes on zeros in some channels and on ones in others."""
+    """Weights of both signs, so that ReLU closes for zeros in some channels and for ones in others."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in bn.parameters():
@@ -60,7 +60,7 @@ def affine(bn, seed=0):
 
 
 class Chain(nn.Module):
-    """What ShapedBatchNorm2d must equal, in one dtype."""
+    """The chain of modules that ShapedBatchNorm2d must equal, in one dtype."""
 
     def __init__(self, bn, gradient, relu):
         super().__init__()
@@ -83,27 +83,27 @@ def run(module, x, dy, **arguments):
 
 
 def test_by_hand():
-    """One channel of four, eps chosen so that the deviation is 1."""
+    """One channel of four elements, with eps such that the deviation is 1."""
     module = ShapedBatchNorm2d(1, eps=0.75, relu=True)
     nn.init.constant_(module.weight, 2.0)
     nn.init.constant_(module.bias, 0.5)
     x = torch.tensor([1.0, -1.0, 2.0, 3.0]).view(1, 1, 2, 2).requires_grad_()
     mask = torch.tensor([True, True, False, True]).view(1, 1, 2, 2)
-    y = module(x, mask)  # the binary map is 1 0 0 1: mean 1/2, var 1/4
+    y = module(x, mask)  # the binary map is 1 0 0 1, with mean 1/2 and var 1/4
     assert y.flatten().tolist() == [
         1.5,
         0.0,
         0.0,
         1.5,
-    ]  # 0.5 + 2 (1 - 1/2), and 0.5 - 2 / 2 behind ReLU
+    ]  # a one gives 0.5 + 2 (1 - 1/2); a zero gives 0.5 - 2 / 2, which ReLU makes 0
     assert module.running_mean.item() == pytest.approx(0.9 * 0 + 0.1 * 0.5)
     assert module.running_var.item() == pytest.approx(0.9 * 1 + 0.1 * 0.25 * 4 / 3)
     assert module.num_batches_tracked.item() == 1
 
     y.backward(torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 2, 2))
-    assert module.bias.grad.item() == 5.0  # 1 + 4: the zeros are behind ReLU
+    assert module.bias.grad.item() == 5.0  # 1 + 4, because ReLU closes for the zeros
     assert module.weight.grad.item() == 2.5  # 5 (1 - 1/2)
-    # 2 (dy - 5/4 - xhat 2.5/4) with xhat 1/2 for a one, -1/2 for a zero, whose dy is 0; nothing behind the mask
+    # 2 (dy - 5/4 - xhat 2.5/4), where xhat is 1/2 for a one and -1/2 for a zero, whose dy is 0; 0 where the mask is 0
     assert x.grad.flatten().tolist() == [-1.125, -1.875, 0.0, 4.875]
 
 
@@ -112,13 +112,14 @@ def test_by_hand():
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("training", (True, False))
 def test_equals_the_chain_within_rounding(dtype, kind, gradient, training):
-    """Against the chain in float64, and against the chain in the same dtype.
+    """Compares with the chain in float64 and with the chain in the same dtype.
 
-    u: unit roundoff of the dtype, v: that of the arithmetic, which is float32 but for float64. y is the right one rounded to
-    float32 and to the dtype: u + v. dx = M (scale dy + shift), scale = weight / sqrt(var + eps): scale and product are
-    rounded (2 v of the product), shift (v of it, at most |dx| + scale |dy|), the sum (v) and dx itself (u). Running statistics,
-    dweight and dbias are right but for being rounded to their dtype. torch's chain also rounds the mean (1), M squares and
-    their sum (M + 1), var + eps, its root and the division (half of that, and 3), scale, shift, product and sum (4).
+    u is the unit roundoff of the dtype, and v that of the arithmetic: float32, or float64 for float64. The error of y is u + v,
+    because the exact y is rounded to float32 and to the dtype. dx is M (scale dy + shift) with scale = weight / sqrt(var + eps).
+    Its error has 2 v of the product, for the rounding of scale and product; v of shift, which is at most |dx| + scale |dy|; v
+    for the sum and u for dx itself. Running statistics, dweight and dbias are exact except for the rounding to their dtype. The
+    chain of torch also rounds the mean (1), M squares and their sum (M + 1), var + eps, its root and the division (half of that,
+    and 3), and scale, shift, product and sum (4).
     """
     u, v = unit(dtype), unit(torch.float64 if dtype == torch.float64 else torch.float32)
     subnormal = torch.finfo(dtype).smallest_normal * u  # half their distance
@@ -149,7 +150,7 @@ def test_equals_the_chain_within_rounding(dtype, kind, gradient, training):
         mean, var = shaped.mean((0, 2, 3)), shaped.var((0, 2, 3), correction=0)
         if not training:
             mean, var = exact.bn.running_mean, exact.bn.running_var
-        tiny = 1e-14  # what rounding of float64 leaves, relative to the largest term
+        tiny = 1e-14  # the rounding errors of float64, relative to the largest term
         spread = (var + exact.bn.eps).rsqrt()
         scale = per_channel(exact.bn.weight.abs() * spread)
         terms = per_channel(exact.bn.bias.abs()) + (1 + per_channel(mean)) * scale
@@ -176,7 +177,7 @@ def test_equals_the_chain_within_rounding(dtype, kind, gradient, training):
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("gradient", ("straight_through", "clipped"))
 def test_float64_gradients(kind, gradient):
-    """1e-10, relative, of the formulas of the reference, differentiated by autograd."""
+    """Autograd's gradients of the reference formulas are equal up to 1e-10, relative."""
     module = affine(ShapedBatchNorm2d(C, p_zero=0.3 if kind == "random" else None, relu=True,
                                       gradient=gradient).double())  # fmt: skip
     bn = nn.BatchNorm2d(C).double()
@@ -229,7 +230,7 @@ def test_steps_then_evaluation_as_nn_batch_norm(options, p_zero):
 
 
 def test_tracking_switched_off():
-    """After construction: the statistics are there, and used in evaluation, but do not move."""
+    """If it is switched off after construction, evaluation uses the statistics, but they do not move."""
     module, bn = ShapedBatchNorm2d(C, at_eval="on"), nn.BatchNorm2d(C)
     module.track_running_stats = bn.track_running_stats = False
     x = a_map()
@@ -264,11 +265,11 @@ def test_at_eval(relu):
         assert torch.equal(value, before[name])
 
 
-# ---- in the place of nn.BatchNorm2d ----
+# ---- as a replacement of nn.BatchNorm2d ----
 
 
 @pytest.mark.parametrize("options", ({}, {"affine": False}, {"track_running_stats": False}))
-def test_checkpoints_go_both_ways(options):
+def test_checkpoints_can_be_exchanged(options):
     module, bn = ShapedBatchNorm2d(C, p_zero=0.3, **options), nn.BatchNorm2d(C, **options)
     assert isinstance(module, nn.BatchNorm2d)
     assert list(module.state_dict()) == list(bn.state_dict())
@@ -317,7 +318,7 @@ class Custom(nn.BatchNorm2d):
     (nn.BatchNorm1d(C), "not BatchNorm1d"),
     (Custom(C), "not Custom"),
 ))  # fmt: skip
-def test_other_norms_are_refused(bn, message):
+def test_other_norms_are_errors(bn, message):
     with pytest.raises(TypeError, match=message):
         ShapedBatchNorm2d.from_batch_norm(bn)
 
@@ -358,7 +359,7 @@ def test_random_masks_are_those_of_shape():
     assert torch.equal(*draw)
 
 
-def test_strides_that_are_neither_format():
+def test_strides_of_no_memory_format():
     x = torch.randn(N, C, H, 2 * W)[..., ::2]
     module = ShapedBatchNorm2d(C, p_zero=0.5, relu=True)
     state = fastshape.rng_state(1)
@@ -367,7 +368,7 @@ def test_strides_that_are_neither_format():
     x = x.requires_grad_()
     module(x, rng_state=state).sum().backward()
     assert x.grad.shape == x.shape
-    # a gradient of another memory order than x
+    # the gradient has another memory format than x
     first, second = (
         torch.randn(N, C, H, W, generator=torch.Generator().manual_seed(2)) for _ in "ab"
     )
@@ -378,17 +379,17 @@ def test_strides_that_are_neither_format():
     assert torch.equal(first.grad, second.grad)
 
 
-# ---- what backward keeps ----
+# ---- tensors saved for backward ----
 
 
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("inplace", (False, True))
 def test_saved_bytes(kind, gradient, inplace):
-    """Bits and numbers a channel: no float of the map's size."""
+    """Bits and numbers per channel, but no float tensor of the size of the map."""
     size = (8, 16, 16, 16)
     n = torch.Size(size).numel()
-    kept = {}
+    saved = {}
     module = ShapedBatchNorm2d(
         16, p_zero=0.3 if kind == "random" else None, gradient=gradient, relu=True, inplace=inplace
     )
@@ -396,17 +397,17 @@ def test_saved_bytes(kind, gradient, inplace):
     x = torch.randn(size, requires_grad=True) * 1.0
 
     def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t
+        saved[t.untyped_storage().data_ptr()] = t
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = module(x, mask)
     assert y.requires_grad
-    floats = sum(t.numel() for t in kept.values() if t.is_floating_point())
+    floats = sum(t.numel() for t in saved.values() if t.is_floating_point())
     assert floats == 4 * 16  # mean, deviation, weight, bias
-    bits = sum(t.numel() for t in kept.values() if t.dtype == torch.uint8)
+    bits = sum(t.numel() for t in saved.values() if t.dtype == torch.uint8)
     assert bits == n // 8 * (1 + (gradient == "clipped" or kind == "target"))
-    states = [t for t in kept.values() if t.dtype == torch.int64]
+    states = [t for t in saved.values() if t.dtype == torch.int64]
     assert sum(t.nbytes for t in states) == (
         16 if kind == "random" and gradient != "clipped" else 0
     )
@@ -430,7 +431,7 @@ def test_in_place_writes_into_a_conv_output(gradient, memory_format):
         y = module(z, rng_state=fastshape.rng_state(1))
         assert (y.data_ptr() == z.data_ptr()) == inplace
         assert (z._version > version) == inplace
-        assert (y is z) == (inplace and gradient != "zero")  # "zero" cuts y off z's graph
+        assert (y is z) == (inplace and gradient != "zero")  # "zero" detaches y
         y.square().sum().backward()
         parameters = (*conv.parameters(), *module.parameters())
         results.append([y, *(None if p.grad is None else p.grad.clone() for p in parameters)])
@@ -438,11 +439,10 @@ def test_in_place_writes_into_a_conv_output(gradient, memory_format):
         assert a is b is None or torch.equal(a, b)
 
 
-def test_in_place_where_x_is_needed_is_noticed():
+def test_in_place_on_an_x_that_backward_needs_raises():
     module = ShapedBatchNorm2d(C, inplace=True)
-    y = module(
-        torch.randn(N, C, H, W, requires_grad=True).exp()
-    )  # exp needs its output for backward
+    x = torch.randn(N, C, H, W, requires_grad=True)
+    y = module(x.exp())  # the backward of exp needs its output
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -460,7 +460,7 @@ def test_in_place_on_a_leaf_and_on_a_view():
         assert module(leaf).data_ptr() == leaf.data_ptr()
 
 
-# ---- refusals, and what is as in torch ----
+# ---- errors, and behaviour that equals torch's ----
 
 
 @pytest.mark.parametrize(("error", "message", "arguments"), (
@@ -491,7 +491,7 @@ def test_bad_calls_are_named(error, message, input, arguments):
         ShapedBatchNorm2d(C, p_zero=0.5)(torch.randn(input), **arguments)
 
 
-def test_more_refusals():
+def test_more_errors():
     with pytest.raises(TypeError, match="dtype torch.int64 cannot be shaped"):
         ShapedBatchNorm2d(C)(torch.ones(N, C, H, W, dtype=torch.int64))
     with pytest.raises(ValueError, match="eps=0.0: must be positive"):
@@ -502,7 +502,7 @@ def test_more_refusals():
         torch.func.vmap(ShapedBatchNorm2d(C, track_running_stats=False))(torch.randn(2, N, C, H, W))
 
 
-def test_one_value_a_channel_is_enough_where_statistics_are_given():
+def test_one_value_per_channel_is_enough_with_running_statistics():
     module = ShapedBatchNorm2d(C, at_eval="on").eval()
     module(torch.randn(1, C, 1, 1))
     module = ShapedBatchNorm2d(C, at_eval="on", track_running_stats=False).eval()
@@ -524,11 +524,11 @@ def test_empty_batch_is_as_in_torch(size, relu):
         assert torch.equal(a, b)
 
 
-def test_second_derivative_is_refused():
+def test_a_second_derivative_is_an_error():
     module = ShapedBatchNorm2d(C)
     x = torch.randn(N, C, H, W, requires_grad=True)
     (grad,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="ShapedBatchNorm2d cannot be differentiated again"):
+    with pytest.raises(RuntimeError, match="ShapedBatchNorm2d cannot be differentiated"):
         grad.sum().backward()
 
 
@@ -549,7 +549,7 @@ def test_func_grad():
 
 
 def test_deterministic():
-    """Counts are integers and sums have an order: no threads, no run makes a difference."""
+    """Counts are integers and sums have a fixed order, so that threads and runs make no difference."""
     module = affine(ShapedBatchNorm2d(8, p_zero=0.3, relu=True))
     x, dy = torch.randn(2, 4, 8, 33, 35).unbind()
     first = run(module, x, dy, rng_state=state)
@@ -558,7 +558,7 @@ def test_deterministic():
             assert torch.equal(a, b)
 
 
-# ---- at home in PyTorch ----
+# ---- torch.compile and opcheck ----
 
 
 @pytest.mark.parametrize("training", (True, False))
@@ -590,7 +590,7 @@ def test_compile_fullgraph(training):
 
 
 def samples(name):
-    """Arguments of an op: each mask source, each dtype, both memory formats."""
+    """Arguments of an op: all mask sources, dtypes and memory formats."""
     x = torch.randn(2, 3, 4, 5)
     mask = torch.randint(256, (15,), dtype=torch.uint8)
     for dtype, memory_format in zip(DTYPES, (*FORMATS, *FORMATS), strict=True):
