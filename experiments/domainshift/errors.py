@@ -1,0 +1,37 @@
+"""What can go wrong, by whose fault: exit code 2 for bad input, 1 for a run that failed."""
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used. The message names it, its value and what is allowed."""
+
+
+class ConfigError(BadInput):
+    """A switch has a value that is not allowed, or two switches contradict each other."""
+
+
+class DataError(BadInput):
+    """A data folder, an image or a domain is not usable."""
+
+
+class WeightsError(BadInput):
+    """Initial weights are missing, unreadable, or belong to another network."""
+
+
+class SuiteError(BadInput):
+    """A suite, or the content of its folder, is not usable."""
+
+
+class Failure(RuntimeError):
+    """A run that started cannot go on."""
+
+
+class RecordError(Failure):
+    """A file of a run cannot be written or read."""
+
+
+class TrainingError(Failure):
+    """Training cannot go on."""
+
+
+class ShapingError(Failure):
+    """Shaping was asked for and did not happen."""

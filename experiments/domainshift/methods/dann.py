@@ -1,0 +1,131 @@
+"""Domain-adversarial training (Ganin et al., arXiv 1505.07818)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from domainshift import distributed
+from domainshift.config import Config, NotNegative, Positive, switch
+from domainshift.methods.base import Method, TargetOptions, has_batch_norm
+from domainshift.models import classifier_name
+
+HIDDEN = 1024  # width of the domain head's two hidden layers
+
+
+class ReverseGradient(torch.autograd.Function):
+    """The identity, with dL/dx = -weight * dL/dy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return -ctx.weight * grad, None
+
+
+class DomainHead(nn.Sequential):
+    """The domain of features: (n, features) -> logits (n, 1), on the CPU. 0 is the source.
+
+    Args:
+        features: width of the input.
+        seed: of the initial weights. The global random stream stays where it is.
+    """
+
+    def __init__(self, features: int, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            super().__init__(
+                nn.Linear(features, HIDDEN),
+                nn.BatchNorm1d(HIDDEN),
+                nn.ReLU(),
+                nn.Linear(HIDDEN, HIDDEN),
+                nn.BatchNorm1d(HIDDEN),
+                nn.ReLU(),
+                nn.Linear(HIDDEN, 1),
+            )
+
+
+class DannOptions(TargetOptions):
+    dann_weight: NotNegative = switch(
+        0.5, "weight of the two domain losses beside the classification loss"
+    )
+    dann_lr_factor: Positive = switch(
+        1.0, "learning rate of classifier and domain head, relative to that of the rest"
+    )
+
+
+class Dann(Method):
+    """Features from which a head cannot tell the source from the target.
+
+    loss = CE(source) + w (BCE(source) + BCE(target)), with w = `dann_weight`. The head gets the
+    classifier's input through a reversal of gradients of weight `reversal(progress)`. Source and
+    target images go through the network in one batch, so BatchNorm sees both.
+    """
+
+    name = "dann"
+    title = "domain-adversarial training"
+    Options = DannOptions
+    uses_target = True
+    uses_progress = True  # in the weight of the reversal
+
+    @classmethod
+    def cost(cls, config: Config) -> float:
+        return 2.0  # a target image for each source image
+
+    @classmethod
+    def statistics_untouched(cls, config: Config) -> bool | None:
+        return not has_batch_norm(config.model)
+
+    @classmethod
+    def words(cls, values: Mapping[str, Any]) -> str:
+        return f"{cls.title}, weight {values['dann_weight']:g}"
+
+    def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
+        self.classifier = model.get_submodule(classifier_name(model))
+        self.head = DomainHead(self.classifier.in_features, config.seed).to(device)
+        distributed.share_batch_norm(self.head, device)
+        super().__init__(model, config, device)
+
+    def trained(self) -> list[nn.Module]:
+        return [self.model, self.head]
+
+    def parameters(self) -> list[Any]:
+        options = self.config.options
+        heads = [*self.classifier.parameters(), *self.head.parameters()]
+        known = {id(p) for p in heads}
+        body = [p for p in self.model.parameters() if id(p) not in known]
+        return [{"params": body}, {"params": heads, "lr": self.config.lr * options.dann_lr_factor}]
+
+    def loss(
+        self, images: Tensor, labels: Tensor, target_images: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        n = len(images)
+        logits = self.model(torch.cat([images, target_images]))[:n]
+        features = ReverseGradient.apply(self.tap.features, reversal(self.progress))
+        domain = self.head(features).squeeze(1)
+        source, target = domain[:n], domain[n:]
+        confusion = F.binary_cross_entropy_with_logits(source, torch.zeros_like(source))
+        confusion += F.binary_cross_entropy_with_logits(target, torch.ones_like(target))
+        # one joint batch moves the statistics wherever there are any
+        self.bn_moved = torch.full((), bool(self.norms()), device=self.device)
+        return F.cross_entropy(logits, labels) + self.config.options.dann_weight * confusion, logits
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"head": self.head.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.head.load_state_dict(state["head"])
+
+
+def reversal(progress: float) -> float:
+    """DANN's lambda: 2 / (1 + exp(-10 p)) - 1, from 0 at p = 0 to nearly 1 at p = 1."""
+    return 2 / (1 + math.exp(-10 * progress)) - 1

@@ -1,0 +1,195 @@
+"""What a run leaves in its folder, field by field.
+
+    config.yaml          every switch; `run.py --config` runs it again
+    metrics.jsonl        one line per epoch (`Row`)
+    checkpoint.pt        what a killed run goes on from; after the last epoch, what tests read
+    training.json        the record of the training (`TrainingRecord`), sealed
+    evaluations/         one record per test (`EvaluationRecord`), sealed, and beside it what the
+                         network said of each image: NAME.npz and NAME-features.npz
+    summary.json         for people: the figures of the first target (`summary`); nothing reads it
+    curves.png maps.png  pictures
+
+A training is known by its key, the hash of everything that decides its weights. An evaluation names
+the key of its training and the digest of the weights that it tested.
+
+A seal is a hash over a record and the files that it summarizes. It shows that a file was edited, cut
+or exchanged. It is no signature: whoever runs this code can seal anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from domainshift.config import Test
+
+VERSION = 3  # of the records; raised when a reader of older ones would err
+
+CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint.pt"
+TRAINING, EVALUATIONS, SUMMARY = "training.json", "evaluations", "summary.json"
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Count(Record):
+    """One test set at one epoch."""
+
+    correct: int = Field(description="images classified right")
+    total: int = Field(description="images tested")
+    loss: float = Field(description="mean cross-entropy")
+
+
+class Row(Record):
+    """One epoch: a line of metrics.jsonl."""
+
+    epoch: int = Field(description="number of the epoch, from 1")
+    train_loss: float = Field(description="mean loss of the epoch's training images")
+    source_train_correct: int = Field(description="training images classified right while training")
+    source_train_total: int = Field(description="training images seen")
+    lr: float = Field(description="learning rate at the start of the epoch")
+    train_seconds: float = Field(description="seconds of training, tests left out")
+    seconds: float = Field(description="seconds of the whole epoch")
+    updates: int = Field(description="optimizer steps")
+    passes: int = Field(description="training passes; accumulation makes several per update")
+    fired: dict[str, int] = Field(description="how often each shaped layer was shaped in training")
+    density: dict[str, float] = Field(description="share of ones in each layer's last map")
+    bn_untouched: bool | None = Field(
+        description="whether images of other domains left BatchNorm's statistics alone; null: none came"
+    )
+    tests: dict[str, Count] = Field(description="tests after this epoch, by name; often none")
+
+
+class DomainData(Record):
+    """The images of one domain that a run could read."""
+
+    digest: str = Field(description="hash of the images' names and content")
+    counts: list[int] = Field(description="images per class, in the order of `classes`")
+
+
+class WeightsRecord(Record):
+    source: str = Field(description="imagenet, none, or the name of a file")
+    sha256: str | None = Field(description="of the file; null for none")
+
+
+Versions = dict[str, str | int | None]
+
+
+class TrainingRecord(Record):
+    """training.json: what was trained, on what, by which code, and how it went."""
+
+    version: int = Field(description="of this schema")
+    key: str = Field(description="hash of everything that decides the weights; evaluations name it")
+    mode: str = Field(description="the method")
+    source: str = Field(description="labelled domain")
+    targets: list[str] = Field(description="domains whose unlabelled images training saw")
+    seed: int
+    data: str = Field(description="name of the data set")
+    classes: list[str] = Field(description="names of the classes, in the order of the labels")
+    domains: dict[str, DomainData] = Field(description="what training read, by domain")
+    held_out: list[int] = Field(description="source images held out, per class")
+    switches: dict[str, Any] = Field(description="every switch that decides the weights")
+    places: dict[str, Any] = Field(description="switches that decide where and how it was computed")
+    layers: list[str] = Field(description="names of the shaped modules")
+    epochs: int
+    updates: int
+    passes: int
+    train_loss: float = Field(description="of the last epoch")
+    source_train_accuracy: float = Field(description="percent, of the last epoch, while training")
+    fired: dict[str, int] = Field(description="how often each shaped layer was shaped in training")
+    density: dict[str, float] = Field(description="share of ones in each layer's last map")
+    bn_untouched: bool | None
+    seconds: float = Field(description="of training, tests left out")
+    images_per_second: float = Field(description="of training")
+    weights: WeightsRecord = Field(description="initial weights")
+    weights_digest: str = Field(description="hash of the trained weights; evaluations name it")
+    versions: Versions = Field(description="what computed the run, or the last part of it")
+    warnings: list[str] = Field(description="what a reader must know")
+    seal: str = Field("", description="hash of this record and of metrics.jsonl")
+
+
+class EvaluationRecord(Record):
+    """evaluations/NAME.json: one test of a training's last weights."""
+
+    version: int = Field(description="of this schema")
+    name: str = Field(description="the test's name, also of its files")
+    training: str = Field(description="key of the training")
+    weights_digest: str = Field(description="hash of the weights that were tested")
+    epoch: int = Field(description="after which they were tested")
+    domain: str
+    images: Literal["all", "holdout", "train"] = Field(
+        description="all of the domain; the held-out part of the source; its training images, as "
+        "report A tested by mistake (no result)"
+    )
+    at_eval: str = Field(description="shaping while testing: off, binarize or on")
+    bn: str = Field(description="BatchNorm as trained, measured on the source, or on the target")
+    digest: str = Field(description="hash of the domain's images")
+    counts: list[int] = Field(description="images of the domain per class, tested or not")
+    classes: list[str]
+    confusion: list[list[int]] = Field(description="images, [true class][predicted class]")
+    correct: int
+    total: int
+    accuracy: float = Field(description="percent")
+    macro_accuracy: float = Field(description="percent, mean over the classes that occur")
+    per_class: dict[str, dict[str, float | int | None]] = Field(
+        description="correct, total and accuracy (percent) of each class"
+    )
+    majority_rate: float = Field(
+        description="percent that the largest true class alone would score"
+    )
+    collapsed: bool = Field(description="whether every prediction is one class")
+    collapsed_to: str | None = Field(description="that class")
+    loss: float = Field(description="mean cross-entropy")
+    predictions: str = Field(description="sha256 of NAME.npz: labels, predicted, logits (float16)")
+    features: str = Field(description="sha256 of NAME-features.npz: pooled features (float16)")
+    seconds: float
+    versions: Versions
+    seal: str = Field("", description="hash of this record")
+
+
+# --- suite.json -------------------------------------------------------------------------------
+
+
+class Cell(Record):
+    """One evaluation of an arm: which test of which training it is."""
+
+    source: str
+    target: str
+    seed: int
+    training: str = Field(description="folder of the training, beside suite.json")
+    test: str = Field(description="name of the evaluation in that folder")
+
+
+class ArmIndex(Record):
+    name: str
+    cells: list[Cell]
+
+
+class TableIndex(Record):
+    name: str
+    title: str
+    note: str | None = None
+    published: list[str] = Field(default=[], description="rows of published.csv it repeats")
+    baseline: str | None = Field(None, description="the arm that the others are compared with")
+    compare: list[tuple[str, str]] = Field(default=[], description="further (arm, reference)")
+    arms: list[ArmIndex]
+
+
+class TrainingIndex(Record):
+    key: str = Field(description="of the training that the folder must hold")
+    switches: dict[str, Any] = Field(description="what run.py is given")
+    tests: list[Test]
+
+
+class SuiteIndex(Record):
+    """suite.json: the plan of a suite, written when it starts. What is done, the folders say."""
+
+    format: Literal[2] = 2
+    suite: str
+    profile: str
+    title: str
+    command: str = Field(description="what runs the whole suite")
+    tables: list[TableIndex]
+    trainings: dict[str, TrainingIndex] = Field(description="by folder")

@@ -1,0 +1,250 @@
+"""What the report of a suite says, before it is a page, Markdown, LaTeX or CSV.
+
+A run, here and in the report, is one result: a training with one test of a target.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from domainshift.records.results import Result
+from domainshift.report import figures, findings, published, switches
+from domainshift.report.audit import Audit, audit
+from domainshift.report.comparisons import ALPHA, EXACT, Comparison, comparisons, counted, matchups
+from domainshift.report.statistics import LEVEL
+from domainshift.report.study import Arm, Study, Table, merged
+from domainshift.report.tables import PM, Grid, Line, grid_of, lines_of
+
+WITHHELD = "No finding is drawn while the audit fails."
+
+
+class Section(NamedTuple):
+    """A table of the report with what belongs to it."""
+
+    table: Table
+    lines: list[Line]
+    notes: list[str]
+    command: str  # that makes its runs
+    versions: list[str]
+    pictures: list[figures.Picture]
+    verdicts: bool
+
+    @property
+    def grid(self) -> Grid:
+        return grid_of(self.lines, self.verdicts)
+
+    def part(self, means: bool) -> Grid:
+        """The lines of means over pairs alone, or the others."""
+        return grid_of([x for x in self.lines if (x.pair is None) is means], self.verdicts)
+
+
+class Report(NamedTuple):
+    study: Study
+    audit: Audit
+    comparisons: list[Comparison]
+    sections: list[Section]
+    main: list[str]  # the sentences of the first screen
+    findings: dict[str, list[str]]  # all sentences, by heading
+    limits: list[str]  # what keeps the figures from being more than they are
+
+    @property
+    def tested(self) -> list[Comparison]:
+        """The family that Holm's correction is over."""
+        return [c for c in self.comparisons if c.adjusted is not None]
+
+    @property
+    def apart(self) -> str:
+        """How many comparisons differ from zero; the confounded ones are not among them."""
+        sound = [c for c in self.tested if not c.confounds]
+        text = f"{sum(c.verdict.apart for c in sound)} of {len(sound)}"
+        confounded = len(self.tested) - len(sound)
+        return text + (f"; {confounded} confounded aside" if confounded else "")
+
+
+def build(study: Study) -> Report:
+    matched = {table.name: matchups(table) for table in study.tables}
+    checked = audit(study, matched)
+    compared = comparisons(study, matched, checked.confounds)
+    rows = published.rows()
+    # without the audit no verdict
+    in_tables = compared if checked.passes else [c._replace(adjusted=None) for c in compared]
+    sections = [
+        section_of(
+            study, table, lines_of(table, matched[table.name], in_tables, rows), checked.passes
+        )
+        for table in study.tables
+    ]
+    limits = limits_of(list(study.results.values()))
+    if not checked.passes:
+        return Report(study, checked, compared, sections, [WITHHELD], {"": [WITHHELD]}, limits)
+    sentences = all_sentences(study, compared, sections)
+    main = [findings.tally(compared)]
+    main += [c.sentence for c in findings.ranked(compared)[: findings.SHOWN]]
+    main += sentences["Beside the published figures"][:3]
+    collapsed = sentences["Collapse"]
+    if len(collapsed) > 2:
+        collapsed = [f"In {len(collapsed)} arms some runs call every target image one class."]
+    return Report(study, checked, compared, sections, main + collapsed, sentences, limits)
+
+
+def section_of(study: Study, table: Table, lines: list[Line], verdicts: bool) -> Section:
+    beside = {(line.arm.name, line.pair): line.published for line in lines if line.published}
+    results = {result.name: result for line in lines for result in line.results}
+    command = f"{study.command} --only {shlex.quote(table.name)}"
+    if study.command is None:
+        command = "no suite.json: the finished runs of the folder, grouped by their switches"
+    return Section(table, lines, notes_of(table, lines), command, versions_of(results.values()),
+                   figures.pictures(table, beside), verdicts)  # fmt: skip
+
+
+def notes_of(table: Table, lines: Sequence[Line]) -> list[str]:
+    """What stands below a table: its note, and what a reader must know of published figures."""
+    notes = [table.note] if table.note else []
+    if results := [result for line in lines for result in line.results]:
+        notes.append(f"Runs of {budget(results)}.")
+    for line in lines:
+        figure = line.published
+        if figure and (figure.also or figure.doubts or figure.status != "valid"):
+            remarks = "; ".join([figure.note, *figure.doubts])
+            text = (
+                f"Published {figure.accuracy:.2f} for {line.arm.name}, {line.pair[1]}: {remarks}."
+            )
+            if figure.also:
+                text += f" The same source also has {', '.join(figure.also)}."
+            notes.append(text)
+    return list(dict.fromkeys(notes))
+
+
+def all_sentences(
+    study: Study, compared: Sequence[Comparison], sections: Sequence[Section]
+) -> dict[str, list[str]]:
+    """Every finding, by heading."""
+    by_name: dict[str, list[Arm]] = {}
+    for arm in (arm for section in sections for arm in section.table.compared):
+        by_name.setdefault(arm.name, []).append(arm)
+    arms = [merged(same) for same in by_name.values()]
+    lines = [line for section in sections for line in section.lines if line.published]
+    return {
+        "Comparisons": [c.sentence for c in compared],
+        "Beside the published figures": findings.beside_published(
+            [(line.arm, line.pair, line.published) for line in lines]
+        ),
+        "Collapse": findings.collapsed(arms),
+        "The choice of the epoch": findings.epoch_choice(study.used),
+        "Testing on the training images": findings.mistake(arms),
+    }
+
+
+def limits_of(results: Sequence[Result]) -> list[str]:
+    """How runs depart from their protocols, and what their records warn of, with how many do."""
+
+    def with_share(counts: Counter[str]) -> list[str]:
+        share = {text: f" (in {n} of {len(results)} runs)" for text, n in counts.items()}
+        return [text + ("" if n == len(results) else share[text]) for text, n in counts.items()]
+
+    departed = with_share(
+        Counter(text for result in results for text in switches.departures(result))
+    )
+    limits = [f"Not the protocol: {'; '.join(departed)}."] if departed else []
+    if results and not any(result.config["holdout"] for result in results):
+        limits.append(
+            "No epoch is selected on source images, and no column shows one: none are held out for it "
+            "(holdout 0), as in the published protocols."
+        )
+    return limits + with_share(Counter(w for result in results for w in result.training.warnings))
+
+
+def versions_of(results: Iterable[Result]) -> list[str]:
+    """What computed the runs: a line for each set of versions."""
+    counts = Counter(
+        ", ".join(f"{name} {value}" for name, value in result.training.versions.items())
+        for result in results
+    )
+    return [f"{counted(n, 'run')}: {text}" for text, n in counts.most_common()]
+
+
+def progress(study: Study) -> str:
+    done = len(study.planned) - len(study.missing)
+    failed = sum(name.partition("/")[0] in study.failed for name in study.missing)
+    others = len(study.missing) - failed
+    text = f"{done} of {counted(len(study.planned), 'run')} done"
+    text += f", {failed} failed" if failed else ""
+    return text + (f", {others} missing" if others else "")
+
+
+def what_was_run(study: Study) -> str:
+    results = study.used
+    if not results:
+        return "No run is finished."
+    models, data = (
+        " and ".join(sorted(names))
+        for names in ({r.config["model"] for r in results}, {r.training.data for r in results})
+    )
+    tables = [table for table in study.tables if any(arm.results for arm in table.arms)]
+    arms = {arm.name for table in tables for arm in table.compared if arm.results}
+    limits = {r.config["limit"] for r in results} - {None}
+    images = f"at most {either(limits)} images a class" if limits else "all images"
+    sources, targets = (", ".join(sorted({r.key[i] for r in results})) for i in (0, 1))
+    return (
+        f"{models} on {data}, trained on {sources} and tested on {targets}: "
+        f"{counted(len(arms), 'arm')} in {counted(len(tables), 'table')}, "
+        f"{counted(len({r.training.seed for r in results}), 'seed')}, "
+        f"{counted(len({r.folder for r in results}), 'training')}. Runs of {budget(results)}, "
+        f"{either(r.config['image_size'] for r in results)} pixels a side, {images}."
+    )
+
+
+def budget(results: Sequence[Result]) -> str:
+    updates = either(result.training.updates for result in results)
+    return f"{updates} updates with {either(r.config['batch_size'] for r in results)} images"
+
+
+def either(values: Iterable[int]) -> str:
+    """Different values, or the least and the largest of many."""
+    different = sorted(set(values))
+    if len(different) < 4:
+        return " or ".join(map(str, different))
+    return f"{different[0]} to {different[-1]}"
+
+
+def set_aside(study: Study) -> list[str]:
+    """Every record that no table uses, and every run that is not there, with the reason."""
+    reasons = {p.name: f"{p.kind}: {'; '.join(p.lines)}" for p in study.problems}
+    reasons |= {name: f"failed: {' / '.join(lines)}" for name, lines in study.failed.items()}
+    for name in study.missing:
+        if name.partition("/")[0] not in study.failed:
+            reasons.setdefault(name, "missing")
+    reasons |= study.strays
+    return [f"{name}: {why}" for name, why in reasons.items()]
+
+
+HOW_TO_READ = (
+    "A run is one training with one test of a target; a training may serve several runs.",
+    "Accuracy is in percent of the target's images, after the last epoch, as in the published reports. "
+    f"After {PM} stands the sample standard deviation over seeds.",
+    "Minus baseline: the difference in percentage points, paired by seed and by source-target pair, "
+    f"and half its {LEVEL:.0%} t interval over seeds. Only runs that both arms have enter; the others "
+    "are counted as missing. A mean over pairs is taken within each seed first, over pairs that every "
+    "seed in it has. Runs that would make seeds unlike are counted as left out: as few as possible, "
+    f"which is searched for in full up to {EXACT} pairs, and step by step beyond. A difference over "
+    "fewer pairs than its line says over which. One seed has no interval.",
+    "Minus control: the same difference, with Holm's p, to the arm that it names. That arm does all that "
+    "comes along with the method and not the method (BatchNorm measured again, target images in "
+    "BatchNorm's statistics, binarization), or the suite names it beforehand.",
+    f"Verdict: higher or lower where Holm's p, over all comparisons of the suite, is below {ALPHA}. "
+    "The report names an interval without zero whose p is not below it. Anything else is not "
+    "distinguishable from zero. Lines of single pairs beside their mean have an interval and no verdict. "
+    "Confounded comparisons, which differ in more than the method, are in Holm's family; they come last "
+    "and are in no count of verdicts.",
+    f"Test set alone: Wilson's {LEVEL:.0%} interval of the mean k of n. So far other test images alone "
+    "could move the figure, however many seeds there are.",
+    "Epoch selected on source: accuracy on the target at the epoch that is best on held-out source "
+    "images. Oracle: at the epoch that is best on the target; it uses the labels and is no result. Both "
+    "need tests after several epochs (--evaluate each).",
+    "Largest class: what always answering the target's most frequent class scores. Flags: runs whose "
+    "every prediction is one class, and switches beside those of the method in which an arm differs "
+    "from its reference.",
+)

@@ -1,0 +1,256 @@
+"""A report as files: one HTML page without script or network, Markdown, LaTeX, CSV."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import functools
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from PIL import Image
+
+from domainshift.records.results import Result
+from domainshift.report import contents, figures, switches
+from domainshift.report.audit import RULES
+from domainshift.report.comparisons import counted
+from domainshift.report.contents import Report
+from domainshift.report.statistics import wilson
+from domainshift.report.study import Study
+from domainshift.report.tables import ARROW, DASH, PM, Grid, numbers, span
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+MANY_PAIRS = 4  # with more, a table shows means over pairs, and each pair in a fold below
+MAPS = 3  # pictures of maps
+MAP_WIDTH = 1100  # pixels
+FAILURES = 10  # in the banner
+
+PARTS = {
+    "findings": "All findings",
+    "maps": "Maps",
+    "aside": "Records set aside, runs missing",
+    "audit": "Audit",
+    "runs": "Every run",
+    "reading": "How to read this page",
+}
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
+    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$",
+    PM: r"$\pm$", "\N{MINUS SIGN}": "$-$", ARROW: r"$\to$", DASH: "--",
+}  # fmt: skip
+
+
+# --- templates --------------------------------------------------------------------------------
+
+
+def latex_text(text: str) -> str:
+    return "".join(LATEX.get(sign, sign) for sign in text)
+
+
+def unbroken(text: str) -> Markup:
+    """Text whose small words between numbers are no place for a line break."""
+    space = "\N{NO-BREAK SPACE}"
+    words = rf"(?<=\d) ({PM}|of|to) (?=\d)"
+    return Markup(re.sub(words, rf"{space}\1{space}", str(escape(text))))
+
+
+@functools.cache
+def environment() -> Environment:
+    env = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=lambda name: bool(name) and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {
+        "tex": latex_text,
+        "unbroken": unbroken,
+        "counted": counted,
+        "cell": lambda text: text.replace("|", "\\|"),
+    }
+    return env
+
+
+def rendered(suffix: str, report: Report, **values: Any) -> str:
+    study = report.study
+    return environment().get_template(f"report.{suffix}.j2").render(
+        report=report,
+        study=study,
+        passes=report.audit.passes,
+        what_was_run=contents.what_was_run(study),
+        progress=contents.progress(study),
+        set_aside=contents.set_aside(study),
+        how_to_read=contents.HOW_TO_READ,
+        **values,
+    ).rstrip("\n") + "\n"  # fmt: skip
+
+
+def markdown(report: Report) -> str:
+    return re.sub(r"\n{3,}", "\n\n", rendered("md", report))
+
+
+def latex(report: Report) -> str:
+    """A tabular for each table, to be put where it is wanted; needs no package."""
+
+    def letters(grid: Grid) -> str:
+        return "".join("r" if column.kind.startswith("n") else "l" for column in grid.columns)
+
+    return rendered("tex", report, letters=letters)
+
+
+def as_csv(report: Report) -> str:
+    """Every line of every table in numbers."""
+    head = {"suite": report.study.name, "profile": report.study.profile}
+    rows = [
+        head | {"table": section.table.name} | numbers(line, report.audit.passes)
+        for section in report.sections
+        for line in section.lines
+    ]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["suite"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+# --- the page ---------------------------------------------------------------------------------
+
+
+def page(report: Report) -> str:
+    """The report as HTML that is also well-formed XML."""
+    study, results = report.study, list(report.study.results.values())
+    seconds = sum(r.summary["seconds"] for r in figures.trainings(results))
+    family = (
+        f"Written by rule from the records. {counted(len(report.comparisons), 'comparison')}, "
+        f"{len(report.tested)} of them with a p value: Holm's correction is over these."
+    )
+    return rendered(
+        "html",
+        report,
+        style=(TEMPLATES / "style.css").read_text(),
+        parts=PARTS,
+        many_pairs=MANY_PAIRS,
+        banner=banner(report),
+        tiles=tiles(report),
+        family=family,
+        maps=maps(study),
+        density=figures.density(results),
+        distances=figures.random_densities(results),
+        rules=rules(report),
+        run_headings=[(name, "n" if i else "") for i, name in enumerate(RUN_HEADINGS)],
+        runs=[run_row(result) for result in results],
+        runs_line=f"{counted(len(results), 'finished run')} of "
+        f"{counted(len(figures.trainings(results)), 'training')}, {seconds / 3600:.2f} h together.",
+        versions=contents.versions_of(results),
+    )
+
+
+def tiles(report: Report) -> list[tuple[str, str, str]]:
+    """Name, value and kind of what the first screen says in a few words."""
+    passes = report.audit.passes
+    failures = counted(len(report.audit.failures), "failure")
+    compared = f"{len(report.comparisons)}, {len(report.tested)} with an interval"
+    runs = contents.progress(report.study)
+    return [
+        ("Runs", runs, "open" if report.study.missing else "good"),
+        ("Audit", "passes" if passes else f"FAILS: {failures}", "good" if passes else "bad"),
+        ("Comparisons", compared, ""),
+        ("Distinguishable from zero", report.apart if passes else "withheld", ""),
+    ]
+
+
+def banner(report: Report) -> list[str]:
+    failures = [f"{r.rule}: {r.text}" for r in report.audit.failures]
+    if len(failures) > FAILURES:
+        return [*failures[:FAILURES], f"and {len(failures) - FAILURES} more, below"]
+    return failures
+
+
+class Rule(NamedTuple):
+    name: str
+    asks: str
+    checked: int
+    failed: int
+    remarks: list[str]
+
+
+def rules(report: Report) -> list[Rule]:
+    rows = []
+    for name, asks in RULES.items():
+        mine = [r for r in report.audit.remarks if r.rule == name]
+        remarks = [f"{'FAILED: ' if r.fails else ''}{r.text}" for r in mine]
+        failed = sum(r.fails for r in mine)
+        rows.append(Rule(name, asks, report.audit.checked[name], failed, remarks))
+    return rows
+
+
+RUN_HEADINGS = (
+    "Run", "Last epoch", "k of n", "Test set alone", "Selected epoch", "Oracle epoch", "Epochs",
+    "Updates", "Seconds", "Images/s", "Weights",
+)  # fmt: skip
+
+
+def run_row(result: Result) -> list[str]:
+    test, training, summary = result.evaluation, result.training, result.summary
+    return [
+        result.name + (" (one class)" if test.collapsed else ""),
+        f"{test.accuracy:.2f}",
+        f"{test.correct} of {test.total}",
+        span(wilson(test.correct, test.total)),
+        str(summary["selected_epoch"] or ""),
+        str(summary["oracle_epoch"] or ""),
+        str(training.epochs),
+        str(training.updates),
+        f"{summary['seconds']:.0f}",
+        f"{training.images_per_second:.0f}",
+        f"{training.weights.source} {(training.weights.sha256 or '')[:8]}",
+    ]
+
+
+class Maps(NamedTuple):
+    pictures: list[tuple[str, str, str]]  # name of the training, method in words, PNG in base64
+    unreadable: list[str]
+
+
+def maps(study: Study) -> Maps:
+    """What the maps look like: the first training of each kind that has a picture."""
+    pictures: dict[Any, tuple[str, str, str]] = {}
+    unreadable = []
+    for result in figures.trainings(study.results.values()):
+        values = switches.method_values(result)
+        kind = values["mode"], len(result.training.layers) > 1, repr(
+            [v for name, v in values.items() if switches.is_choice(result, name)]
+        )  # fmt: skip
+        path, name = result.folder / "maps.png", result.folder.name
+        if kind in pictures or len(pictures) == MAPS or not path.exists():
+            continue
+        try:
+            data = base64.b64encode(small_png(path)).decode()
+            pictures[kind] = name, switches.in_words(result), data
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            unreadable.append(f"{name}: maps.png cannot be read as a picture.")
+    return Maps(list(pictures.values()), unreadable)
+
+
+def small_png(path: Path) -> bytes:
+    """A picture at most MAP_WIDTH wide, in 128 colours: some 100 kB."""
+    with Image.open(path) as picture:
+        picture = picture.convert("RGB")
+        picture.thumbnail((MAP_WIDTH, 100 * MAP_WIDTH))
+        buffer = io.BytesIO()
+        picture.quantize(128).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+FILES: dict[str, Callable[[Report], str]] = {
+    ".html": page,
+    ".md": markdown,
+    ".tex": latex,
+    ".csv": as_csv,
+}

@@ -1,0 +1,144 @@
+"""From the values that a user gives to a checked setup, and the key of its training."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from domainshift import files
+from domainshift.config import REPOSITORY, Config, hash_of, resolve
+from domainshift.data import DataSet, open_data
+from domainshift.methods import Method, load_method_file, method_named
+from domainshift.models import weights_digest
+
+NO_DATA = "no --data given and no data/PACS folder: the toy data set is used"
+
+
+class Setup(NamedTuple):
+    """A configuration with the method and the data set that it names."""
+
+    config: Config
+    method: type[Method]
+    data: DataSet
+    warnings: list[str]  # what the record must carry
+
+
+def set_up(values: Mapping[str, Any], data: DataSet | None = None) -> Setup:
+    """Resolve the values that a user gave.
+
+    Args:
+        values: by switch, as text or as YAML has them; `-` and `_` in names are alike.
+        data: the data set, where the caller has opened it already.
+
+    Raises BadInput, which names the switch, the value and what is allowed.
+    """
+    given = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if given.get("method_file") is not None:
+        load_method_file(Path(given["method_file"]))
+    method = method_named(str(given.get("mode", Config.model_fields["mode"].default)))
+    warnings = []
+    if given.get("data") is None:
+        given["data"] = default_data()
+        warnings += [NO_DATA] if given["data"] == "toy" else []
+    if data is None:
+        cache = given.get("cache")
+        data = open_data(given["data"], None if cache is None else Path(cache))
+    config, more = resolve(given | {"mode": method.name}, method, data)
+    method.layer_names(config)  # raises ConfigError for layers that the network does not have
+    return Setup(config, method, data, warnings + more)
+
+
+def default_data() -> str:
+    folder = REPOSITORY / "data" / "PACS"
+    return str(folder) if folder.is_dir() else "toy"
+
+
+def training_setup(setup: Setup) -> Setup:
+    """The setup whose training this one shares: that of AdaBN is the baseline's."""
+    method = setup.method
+    if method.trains_as is None:
+        return setup
+    shared = method_named(method.trains_as)
+    config = setup.config.model_copy(
+        update={"mode": shared.name, "options": shared.Options(**shared_options(setup, shared))}
+    )
+    return setup._replace(config=config, method=shared)
+
+
+def shared_options(setup: Setup, method: type[Method]) -> dict[str, Any]:
+    own = setup.config.options
+    return {n: getattr(own, n) for n in method.Options.names() if n in own.names()}
+
+
+def training_key(setup: Setup) -> str:
+    """Hex hash of everything that decides the weights of a training.
+
+    Switches of testing and of place are not in it, nor are paths: images, initial weights and a
+    method's own file enter by their content.
+    """
+    config, method, data, _ = training_setup(setup)
+    switches = config.training_values()
+    weights = switches.pop("weights")
+    file = config.method_file
+    return key_of(
+        switches,
+        targets=config.target if method.uses_target else (),
+        digests={name: data.digest(name, config.limit) for name in method.domains(config)},
+        weights=known_digest(weights, config.model, stamp(config.weights)),
+        method_file=None if file is None else files.digest(Path(file)),
+    )
+
+
+def key_of(
+    switches: Mapping[str, Any],
+    *,
+    targets: Sequence[str],
+    digests: Mapping[str, str],
+    weights: str | None,
+    method_file: str | None,
+) -> str:
+    """The key of a training by its parts: `training_key` has them from a setup, a reader from a record.
+
+    Args:
+        switches: of role training, without the path of the weights.
+        targets: domains whose unlabelled images training sees.
+        digests: of the domains that training reads.
+        weights: digest of the initial ones.
+        method_file: digest of a method's own file.
+    """
+    return hash_of(
+        {
+            "switches": {n: v for n, v in switches.items() if n != "weights"},
+            "targets": list(targets),
+            "data": dict(digests),
+            "weights": weights,
+            "method_file": method_file,
+        }
+    )
+
+
+def stamp(path: str) -> tuple[int, int] | None:
+    """Size and time of a file, which tell whether it must be read again; None where there is none."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)
+def known_digest(weights: str, model: str, _: tuple[int, int] | None) -> str | None:
+    path = REPOSITORY / weights
+    return weights_digest(str(path) if path.is_file() else weights, model)
+
+
+def run_name(setup: Setup) -> str:
+    """A folder name that reads well and differs whenever what is trained may differ."""
+    config = setup.config
+    layers = "+".join(str(name) for name in getattr(config.options, "layers", ()))
+    layers = "".join(c if c.isalnum() or c in "+._" else "_" for c in layers)[:40]
+    targets = "+".join(config.target) if setup.method.uses_target else ""
+    parts = [config.mode, config.source, targets, layers, f"s{config.seed}"]
+    return "-".join(part for part in [*parts, training_key(setup)[:6]] if part)

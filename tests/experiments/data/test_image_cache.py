@@ -1,0 +1,69 @@
+"""Images are converted once; the cache follows the files, and is whole or absent."""
+
+import os
+
+import numpy as np
+import pytest
+from domainshift.data import folder, open_data
+from domainshift.errors import DataError
+from made_folders import picture
+
+
+def test_second_load_decodes_nothing(tiny_pacs, cache, monkeypatch):
+    first = open_data(tiny_pacs, cache).load("photo")
+    assert len(list(cache.glob("*.npy"))) == 1
+    monkeypatch.setattr(folder, "decode", lambda path, *_: pytest.fail(f"decoded {path} again"))
+    again = open_data(tiny_pacs, cache).load("photo")
+    np.testing.assert_array_equal(first.images, again.images)
+
+
+def test_a_changed_image_is_decoded_again(tiny_pacs, cache):
+    open_data(tiny_pacs, cache).load("sketch")
+    picture(1234).save(tiny_pacs / "sketch" / "dog" / "pic_000.png")
+    changed = open_data(tiny_pacs, cache).load("sketch")
+    np.testing.assert_array_equal(changed.images[0], np.asarray(picture(1234)))
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "garbage", "empty", "other_shape", "pickle"])
+def test_a_damaged_cache_is_rebuilt(tiny_pacs, cache, damage):
+    expected = np.array(open_data(tiny_pacs, cache).load("photo").images)
+    (file,) = cache.glob("*.npy")
+    content = file.read_bytes()
+    if damage == "other_shape":
+        np.save(file, np.zeros((14, 4, 4, 3), np.uint8))
+    elif damage == "pickle":
+        np.save(file, np.array([{"an": "object"}], dtype=object), allow_pickle=True)
+    else:
+        file.write_bytes(
+            {
+                "cut": content[:-1],
+                "longer": content + b"x",
+                "garbage": b"\0" * len(content),
+                "empty": b"",
+            }[damage]
+        )
+    before = sorted(cache.iterdir())
+    np.testing.assert_array_equal(open_data(tiny_pacs, cache).load("photo").images, expected)
+    assert file.read_bytes() == content
+    assert sorted(cache.iterdir()) == before
+
+
+def test_a_full_disk_leaves_nothing_behind(tiny_pacs, cache, monkeypatch):
+    data = open_data(tiny_pacs, cache)
+    data.digest("photo")
+    before = sorted(cache.iterdir())
+
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    for ask, domain in ((data.load, "photo"), (data.digest, "sketch")):
+        with pytest.raises(DataError, match=r"^cannot write the image cache .*No space left"):
+            ask(domain)
+    assert sorted(cache.iterdir()) == before
+
+
+def test_a_cache_folder_that_is_a_file(tiny_pacs, cache):
+    cache.write_text("in the way")
+    with pytest.raises(DataError, match=r"^cannot write the image cache"):
+        open_data(tiny_pacs, cache).load("photo")

@@ -1,0 +1,286 @@
+"""The report as files: figures by hand, one page that needs nothing, tables that are tables."""
+
+import csv
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import yaml
+from domainshift import files as disk
+from domainshift.records.results import versions
+from domainshift.records.schema import EVALUATIONS
+from domainshift.report import command, contents, findings, render
+from made_records import (
+    EXACT,
+    GAINS,
+    cell,
+    exact,
+    find_cell,
+    line,
+    report_of,
+    write_suite,
+)
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = write_suite(tmp_path_factory.mktemp("report") / "small", EXACT, exact)
+    run = folder / find_cell(folder, "da", "cartoon", 0).training
+    Image.linear_gradient("L").resize((1600, 400)).save(run / "maps.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(folder):
+    return report_of(folder)
+
+
+@pytest.fixture(scope="module")
+def files(folder):
+    assert command.main([str(folder), "--out", str(folder / "x.html")]) == 0
+    return {suffix: (folder / f"x.{suffix}").read_text() for suffix in ("html", "md", "tex", "csv")}
+
+
+# --- figures ----------------------------------------------------------------------------------
+
+
+def test_the_tally(built):
+    expected = "2 comparisons: 1 higher than the reference, 1 not distinguishable from zero."
+    assert findings.tally(built.comparisons) == built.main[0] == expected
+
+
+def test_a_line_by_hand(built):
+    # cartoon: 44, 44 and 46 percent of 350
+    assert cell(built, "random", "cartoon", "Last epoch") == "44.7 ± 1.2"
+    assert cell(built, "random", "cartoon", "k of n") == "154–161 of 350"
+    assert cell(built, "random", "cartoon", "Seeds") == "3 of 3"
+    assert cell(built, "random", "cartoon", "Minus baseline") == "+4.7 ± 2.9"
+    assert cell(built, "random", "cartoon", "Verdict") == ""  # a single pair of several has none
+    assert cell(built, "random", None, "Verdict") == "higher (p 0.040)"
+    assert cell(built, "random", None, "Last epoch") == "49.7 ± 1.2"
+    assert cell(built, "random", "cartoon", "Largest class") == "14.3"
+    # by held-out images and by the target the first epoch is best, six points above the last
+    assert cell(built, "random", "cartoon", "Epoch selected") == "50.7 ± 1.2"
+    assert cell(built, "random", "cartoon", "Oracle") == "50.7 ± 1.2"
+    low, high = line(built, "random", "cartoon").wilson
+    assert low < 44.7 < high and high - low == pytest.approx(10.4, abs=0.1)
+
+
+def test_epochs_that_were_not_tested_are_in_no_column(tmp_path):
+    text = EXACT.replace("evaluate: each", "evaluate: last")
+    built = report_of(write_suite(tmp_path / "last", text, exact))
+    assert cell(built, "random", "cartoon", "Last epoch") == "44.7 ± 1.2"
+    assert cell(built, "random", "cartoon", "Epoch selected") == ""
+    assert cell(built, "random", "cartoon", "Oracle") == ""
+    headings = [column.heading for column in built.sections[0].grid.columns]
+    assert not any(h.startswith(("Epoch", "Oracle")) for h in headings)
+    assert built.findings["The choice of the epoch"] == []
+
+
+def test_no_held_out_images_is_said(built, tmp_path):
+    words = "No epoch is selected on source images"
+    assert not any(text.startswith(words) for text in built.limits)
+    folder = write_suite(tmp_path / "whole", EXACT.replace(", holdout: 0.1", ""), exact)
+    assert command.main([str(folder)]) == 0
+    assert all(words in (folder / f"report.{s}").read_text() for s in ("html", "md"))
+
+
+def test_what_was_run_is_counted_by_the_runs(tmp_path):
+    text = EXACT.replace("[cartoon, sketch]", "[cartoon]")
+    gone = [("da", "cartoon", seed) for seed in range(3)]
+    built = report_of(write_suite(tmp_path / "c", text, exact, without=gone))
+    assert "2 arms in 1 table, 3 seeds, 6 trainings." in contents.what_was_run(built.study)
+
+
+def test_limits_say_how_runs_depart_from_the_protocol(built):
+    assert built.findings["Beside the published figures"] == [
+        "2 published figures in the tables not compared with ours: our runs depart from the protocol."
+    ]
+    (text,) = [text for text in built.limits if text.startswith("Not the protocol")]
+    for words in (
+        "limit 50 (protocol: none)",
+        "holdout 0.1 (protocol: 0)",
+        "epochs 3 (protocol: 30)",
+    ):
+        assert words in text
+
+
+def test_report_as_mistake_is_shown_as_one(tmp_path):
+    text = """
+title: mistake
+defaults: {preset: report-a, weights: imagenet, epochs: 2, limit: 50}
+sources: [art_painting]
+targets: [cartoon]
+seeds: [0, 1]
+tables:
+  hook-place:
+    title: place
+    published: [report-A report T2]
+    baseline: baseline
+    arms:
+      baseline: {mode: baseline}
+      random: {mode: random, layers: all, every: 3, p_zero: 0.2}
+profiles: {full: {}}
+"""
+    built = report_of(write_suite(tmp_path / "a", text, lambda *_: 40))
+    assert built.audit.passes  # to test once more is no other method
+    assert cell(built, "random", "cartoon", "INVALID") == "80.0 ± 0.0"
+    assert cell(built, "random", "cartoon", "Last epoch") == "40.0 ± 0.0"
+    assert cell(built, "random", "cartoon", "Published") == "82.28 (invalid)"
+    budget, invalid = built.sections[0].notes
+    assert budget == "Runs of 12 updates with 64 images."
+    assert "measured on the 2048 art_painting training images" in invalid
+    assert "no k of the 2344 images of cartoon gives it" in invalid
+    assert built.findings["Testing on the training images"] == [
+        "random: 80.0 on its own training images, 40.0 on the target (2 runs)"
+    ]
+
+
+def test_collapse_is_flagged_and_counts_an_arms_runs_of_every_table(tmp_path):
+    """The later table has one target of the arm's two."""
+    content = yaml.safe_load(EXACT)
+    arm = {"da": content["tables"]["shaping"]["arms"]["da"]}
+    content["tables"]["again"] = {"title": "again", "targets": ["sketch"], "arms": arm}
+    folder = write_suite(tmp_path / "c", yaml.safe_dump(content), exact, collapsed=True)
+    built = report_of(folder)
+    assert cell(built, "da", "cartoon", "Flags") == "one class in 3 of 3 runs"
+    assert "In 3 arms some runs call every target image one class." in built.main
+    assert set(built.findings["Collapse"]) == {
+        f"{arm}: 6 of 6 runs call every target image one class" for arm in GAINS
+    }
+
+
+# --- the page ---------------------------------------------------------------------------------
+
+
+def tree(page):
+    assert page.startswith("<!doctype html>\n")
+    return ElementTree.fromstring(page.removeprefix("<!doctype html>\n"))
+
+
+def test_the_page_needs_nothing(files):
+    page = files["html"]
+    tree(page)
+    assert "<script" not in page and "@import" not in page and "url(http" not in page
+    targets = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert targets and all(t.startswith(("#", "data:image/png;base64,")) for t in targets)
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    links = re.findall(r'<a href="#([^"]*)"', page)
+    assert links and set(links) <= set(ids)
+    assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
+
+
+def test_the_first_screen(files, built):
+    """What was run, how much is there, does the audit pass, what came out: before any table."""
+    first = files["html"].split("On this page")[0]
+    for text in ("A small study", "profile full", "18 of 18 runs done", "passes",
+                 "3 arms in 1 table, 3 seeds", "9 updates", "at most 50 images a class",
+                 "+4.7 ± 2.9 points"):  # fmt: skip
+        assert text in first
+    assert built.tested and "1 of 2" in first  # distinguishable from zero
+
+
+def test_many_pairs_are_folded(tmp_path):
+    text = EXACT.replace("[art_painting]", "[art_painting, sketch]").replace(
+        "[cartoon, sketch]", "[art_painting, cartoon, photo, sketch]"
+    )
+    page = render.page(report_of(write_suite(tmp_path / "m", text, exact)))
+    tree(page)
+    means, each = page.split("Each of the 6 pairs</summary>")
+    assert means.count('class="mean"') == 3 and "→ photo" not in means
+    assert each.split("</details>")[0].count("<tr>") == 1 + 18
+
+
+def test_an_edited_record_withholds_the_findings(tmp_path, capsys):
+    folder = write_suite(tmp_path / "small", EXACT, exact)
+    run = folder / find_cell(folder, "random", "cartoon", 0).training
+    path = run / EVALUATIONS / "cartoon.json"
+    text = path.read_text()
+    assert '"accuracy": 44.0' in text
+    path.write_text(text.replace('"accuracy": 44.0', '"accuracy": 64.0'))
+    assert command.main([str(folder)]) == 1
+    assert "THE AUDIT FAILS" in capsys.readouterr().err
+    page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    tree(page)
+    assert page.index('role="alert"') < page.index("<h1>") < page.index("Main findings")
+    assert "Do not quote a figure of this page" in page
+    assert f"{run.name}/cartoon: cartoon.json: edited after the run: the seal does not fit" in page
+    assert contents.WITHHELD in page and contents.WITHHELD in text
+    assert "minus baseline:" not in page + text and "Verdict</th>" not in page
+    assert "FAILS" in (folder / "report.tex").read_text()
+    rows = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
+    assert not any(row["verdict"] for row in rows) and len(rows) == 9
+    assert (
+        cell(report_of(folder), "da", "sketch", "Last epoch") == "50.0 ± 2.0"
+    )  # nothing else lost
+
+
+def test_what_records_say_is_text_and_not_markup(tmp_path):
+    text = EXACT.replace('"A small study"', '"A & <i>small</i> | study"')
+    folder = write_suite(tmp_path / "small", text, exact)
+    index = disk.read_json(folder / "suite.json")
+    index["tables"][0] |= {"title": "<i>table</i> & \"quotes'", "note": "a < b"}
+    disk.write_json(folder / "suite.json", index)
+    assert command.main([str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "<i>" not in page and "A &amp; &lt;i&gt;small&lt;/i&gt; | study" in page
+    tree(page)
+
+
+def test_maps_are_in_the_page(files, folder):
+    pattern = r'<img class="maps" alt="Maps of (\S+)" src="data:image/png;base64,'
+    image = re.search(pattern, files["html"])
+    assert image[1] == find_cell(folder, "da", "cartoon", 0).training
+
+
+# --- all files --------------------------------------------------------------------------------
+
+
+def test_each_table_names_its_command_and_versions(files, built):
+    command_line = f"{built.study.command} --only shaping"
+    assert all(command_line in files[suffix] for suffix in ("html", "md", "tex"))
+    version = f"torch {versions('cpu')['torch']}"
+    assert all(
+        "18 runs: fastshape" in files[s] and version in files[s] for s in ("html", "md", "tex")
+    )
+
+
+def test_the_same_records_give_the_same_files(files, folder):
+    assert command.main([str(folder), "--out", str(folder / "y.html")]) == 0
+    assert files == {suffix: (folder / f"y.{suffix}").read_text() for suffix in files}
+
+
+def test_csv_is_numbers(files):
+    rows = list(csv.DictReader(io.StringIO(files["csv"])))
+    assert len(rows) == 9  # 3 arms: 2 targets and the mean
+    row = next(r for r in rows if r["arm"] == "random" and r["target"] == "cartoon")
+    assert float(row["accuracy"]) == pytest.approx(44 + 2 / 3)
+    assert (row["seeds"], row["correct"], row["target_total"]) == ("0 1 2", "154 154 161", "350")
+    mean = next(r for r in rows if r["arm"] == "random" and r["target"] == "mean")
+    assert float(mean["difference"]) == pytest.approx(14 / 3)
+    assert (mean["verdict"], mean["reference"]) == ("higher", "baseline")
+    assert mean["correct"] == "" and row["verdict"] == ""
+
+
+def test_markdown_and_latex_are_tables(files):
+    lines = [line for line in files["md"].splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 9
+    body = [line for line in files["tex"].splitlines() if line.endswith(r"\\")]
+    assert len({line.count(" & ") for line in body}) == 1 and len(body) == 9
+    assert r"art\_painting $\to$ cartoon" in files["tex"] and "±" not in "".join(body)
+
+
+def test_markdown_has_a_blank_line_around_every_block(files):
+    """Without it Markdown runs a heading or a list into the paragraph before."""
+    lines = files["md"].splitlines()
+    for before, here in zip(lines, lines[1:], strict=False):
+        if here.startswith(("#", "- ", "| ")) and not before.startswith(here[0]):
+            assert before == "", (before, here)
+
+
+@pytest.mark.parametrize("sign", "\\&%$#_{}~^<>")
+def test_latex_signs(sign):
+    assert render.latex_text(f"a{sign}b") != f"a{sign}b"
