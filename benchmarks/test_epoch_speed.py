@@ -3,12 +3,14 @@
 The images are the toy's, resized to the side of the step benchmarks. The speed does not depend on their content.
 """
 
+from pathlib import Path
+
 import pytest
-import run
-from config import resolve
-from screen import Screen
+from domainshift.progress import Screen
+from domainshift.setup import set_up
+from domainshift.training.loop import train_epoch
+from domainshift.training.run import build
 from test_step_speed import BATCH, SIDE
-from train import train_epoch
 
 PER_CLASS = 8  # images of each of the seven classes
 MODES = {
@@ -21,8 +23,10 @@ MODES = {
 def experiment(mode: str, pipeline: str = "reference"):
     values = {"data": "toy", "limit": PER_CLASS, "holdout": 0, "epochs": 1, "device": "cpu"}
     values |= {"image_size": SIDE, "batch_size": BATCH, "mode": mode, "pipeline": pipeline}
-    config, _ = resolve(values | MODES[mode])
-    return run.build(config), config
+    # the network and precision of the step benchmarks
+    values |= {"model": "resnet18", "weights": "none", "amp": "off"}
+    setup = set_up(values | MODES[mode])
+    return build(setup, setup.config.tests(), None, Path()), setup.config
 
 
 def epoch(mode: str):
@@ -45,7 +49,7 @@ def test_pipeline(benchmark, pipeline):
     built, config = experiment("baseline", pipeline)
 
     def batches():
-        return sum(len(images) for images, _, _ in built.images.epoch(config, 1, False))
+        return sum(len(images) for images, _, _ in built.images.epoch(config, 1))
 
     n = benchmark.pedantic(batches, rounds=5, warmup_rounds=1)
     assert n == len(built.images.source_indices)

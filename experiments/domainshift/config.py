@@ -242,7 +242,7 @@ class Config(Switches):
         role="testing",
         group="testing",
     )
-    evaluate: Text = switch(
+    evaluate: Annotated[Text, BeforeValidator(lambda v: str(v) if type(v) is int else v)] = switch(
         "last",
         "when to test: after the last epoch, after each, or after every N-th and the last",
         role="testing",
@@ -484,7 +484,7 @@ def resolve(given: Mapping[str, Any], method: MethodLike, data: DataLike) -> Res
     values |= given
     warnings = list(data.remarks)
     if replaced:
-        listing = ", ".join(f"{k} {v}" for k, v in replaced.items())
+        listing = ", ".join(f"{k} {shortened(v)}" for k, v in replaced.items())
         warnings.append(
             f"defaults of data set {data.name} replace those of preset {name}: {listing}"
         )
@@ -493,6 +493,11 @@ def resolve(given: Mapping[str, Any], method: MethodLike, data: DataLike) -> Res
     config = config.model_copy(update=_places(config))
     warnings += check(config, method, data)
     return Resolved(config, list(dict.fromkeys(warnings)))
+
+
+def shortened(value: Any) -> Any:
+    """A path without its folders, other values as they are."""
+    return Path(value).name if isinstance(value, str) and os.sep in value else value
 
 
 def defaults(kind: type[Switches]) -> dict[str, Any]:

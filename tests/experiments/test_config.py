@@ -30,13 +30,13 @@ TOY = SimpleNamespace(
 )
 
 
-def resolved(data=PACS, **given):
+def resolved(data_set=PACS, **given):
     place = {"data": "some/folder", "device": "cpu"}
-    return resolve(place | given, method_named(given.get("mode", "baseline")), data)
+    return resolve(place | given, method_named(given.get("mode", "baseline")), data_set)
 
 
-def config_of(data=PACS, **given):
-    return resolved(data, **given).config
+def config_of(data_set=PACS, **given):
+    return resolved(data_set, **given).config
 
 
 def value_of(config, name):
@@ -326,7 +326,10 @@ REFUSED = [
     ({"mode": "random", "block_size": 2}, r"block_size: 2 with mask_unit element"),
     ({"mode": "da", "epsilon": "-1"}, r"epsilon: '-1' is not allowed; allowed: a number from 0"),
     ({"mode": "da", "product": True, "epsilon": 0.1}, r"epsilon: 0.1 is not for --product"),
-    ({"mode": "da", "mask_sources": ["sketch"]}, r"mask_sources: .*has the target in it; .*photo$"),
+    (
+        {"mode": "da", "mask_sources": ["sketch"]},
+        r"mask_sources: .*has the target in it; allowed: any domain but sketch$",
+    ),
     ({"mode": "da", "mask_sources": ["photo", "photo"]}, r"mask_sources: .*names a domain twice"),
     ({"mode": "dropout2d", "drop_rate": 1}, r"drop_rate: 1 is not allowed; .*0 <= drop_rate < 1"),
     ({"mode": "dann", "dann_lr_factor": 0}, r"dann_lr_factor: 0 is not allowed; .*above 0"),

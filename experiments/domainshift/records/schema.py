@@ -31,7 +31,7 @@ TRAINING, EVALUATIONS, SUMMARY = "training.json", "evaluations", "summary.json"
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Count(Record):
