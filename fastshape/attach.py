@@ -27,6 +27,7 @@ from .rng import checked_p_zero, rng_state
 from .sites import choose_layers
 
 MODES = ("random", "target", "binarize", "product")
+SYNONYMS = {"da": "target"}  # the word of the experiments, for domain adaptation
 RECORD_MODES = ("eval", "train")
 METHODS = ("hooks", "replace")
 
@@ -87,6 +88,7 @@ class Attachment:
         fired: number of times that shaping was applied, by name.
         method_of: ``"replace"`` or ``"hooks"``, by name: the method that serves the module.
         reasons: why hooks serve a module although ``method="replace"`` was requested, by name.
+        at_eval: the argument of `attach`; may be set to another of its values between two forwards.
         first_sample: number of this process's first sample in a batch that several processes share; 0 at first. Set it
             before each forward. If the generators of the processes are in the same state, their random masks are then
             the parts of the mask that one process would draw for the whole batch.
@@ -380,8 +382,8 @@ def attach(
         layers: numbers, names, shell patterns, a list of these, or ``"all"``. Numbers count the modules of kind `after` from 1
             in ``named_modules()`` order. In ResNet-18 conv 1 is conv1, conv 4 is layer1.1.conv1, and 8, 13 and 18 are the
             downsample convolutions.
-        mode: ``"random"`` draws a mask at each forward. ``"target"`` uses the maps of `Attachment.record`, binarized.
-            ``"binarize"`` uses no mask. ``"product"`` is ``y = x * m`` with the recorded map m unchanged, which is what the
+        mode: ``"random"`` draws a mask at each forward. ``"target"``, or ``"da"``, uses the maps of `Attachment.record`,
+            binarized. ``"binarize"`` uses no mask. ``"product"`` is ``y = x * m`` with the recorded map m unchanged, which is what the
             published domain-adaptation code does.
         p_zero: for mode ``"random"``: the probability of a zero, in [0, 1); one number for all layers or one per layer.
         after: the kind of module that numbers and patterns refer to: ``"conv"``, ``"bn"`` or ``"relu"`` (any activation).
@@ -421,6 +423,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: must be a torch.nn.Module, not {type(model).__name__}")
+    mode = SYNONYMS.get(mode, mode)
     for argument, value, allowed in (
         ("mode", mode, MODES),
         ("gradient", gradient, GRADIENTS),

@@ -30,7 +30,7 @@ from domainshift.methods import METHODS, load_method_file, method_named
 from domainshift.models import layer_lines
 from domainshift.progress import Screen
 from domainshift.records.schema import CONFIG
-from domainshift.setup import Setup, run_name, set_up
+from domainshift.setup import Setup, run_name, set_up, targets_of_training
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses
 
@@ -222,7 +222,7 @@ def setups_of(values: Mapping[str, Any]) -> list[Setup]:
     """One setup for each training: several where the method trains once for each target."""
     setup = set_up(values)
     config = setup.config
-    if not setup.method.uses_target or len(config.target) == 1:
+    if len(targets_of_training(setup)) < 2:
         return [setup]
     base = Path(config.out) if config.out else None
     setups = []

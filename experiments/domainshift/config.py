@@ -377,10 +377,14 @@ class Test(BaseModel):
     __test__: ClassVar[bool] = False  # pytest: not a test case
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    domain: str
-    images: Literal["all", "holdout", "train"] = "all"
-    at_eval: Literal["off", "binarize", "on"] = "off"
-    bn: Literal["trained", "source", "target"] = "trained"
+    domain: str = Field(description="the domain that is tested")
+    images: Literal["all", "holdout", "train"] = Field(
+        "all", description="all of them, or one part of the source's: held out, or trained on"
+    )
+    at_eval: Literal["off", "binarize", "on"] = Field("off", description="shaping while testing")
+    bn: Literal["trained", "source", "target"] = Field(
+        "trained", description="BatchNorm as trained, measured on the source, or on the domain"
+    )
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,51 +72,39 @@ def shared_options(setup: Setup, method: type[Method]) -> dict[str, Any]:
     return {n: getattr(own, n) for n in method.Options.names() if n in own.names()}
 
 
-def training_key(setup: Setup) -> str:
-    """Hex hash of everything that decides the weights of a training.
+def targets_of_training(setup: Setup) -> list[str]:
+    """The targets whose unlabelled images training sees; none where it reads other domains for them."""
+    domains = setup.method.domains(setup.config)
+    return [name for name in setup.config.target if name in domains]
+
+
+def origin(setup: Setup) -> dict[str, Any]:
+    """What decides the weights of a training, by name: the parts of its key.
 
     Switches of testing and of place are not in it, nor are paths: images, initial weights and a
     method's own file enter by their content.
+
+    Returns `switches` (of role training, without the path of the weights), `targets` (domains whose
+    unlabelled images training sees), `images` (digests by domain), `weights` and `method_file`
+    (digests).
     """
-    config, method, data, _ = training_setup(setup)
+    shared = training_setup(setup)
+    config, method, data, _ = shared
     switches = config.training_values()
     weights = switches.pop("weights")
     file = config.method_file
-    return key_of(
-        switches,
-        targets=config.target if method.uses_target else (),
-        digests={name: data.digest(name, config.limit) for name in method.domains(config)},
-        weights=known_digest(weights, config.model, stamp(config.weights)),
-        method_file=None if file is None else files.digest(Path(file)),
-    )
+    return {
+        "switches": switches,
+        "targets": targets_of_training(shared),
+        "images": {name: data.digest(name, config.limit) for name in method.domains(config)},
+        "weights": known_digest(weights, config.model, stamp(config.weights)),
+        "method_file": None if file is None else files.digest(Path(file)),
+    }
 
 
-def key_of(
-    switches: Mapping[str, Any],
-    *,
-    targets: Sequence[str],
-    digests: Mapping[str, str],
-    weights: str | None,
-    method_file: str | None,
-) -> str:
-    """The key of a training by its parts: `training_key` has them from a setup, a reader from a record.
-
-    Args:
-        switches: of role training, without the path of the weights.
-        targets: domains whose unlabelled images training sees.
-        digests: of the domains that training reads.
-        weights: digest of the initial ones.
-        method_file: digest of a method's own file.
-    """
-    return hash_of(
-        {
-            "switches": {n: v for n, v in switches.items() if n != "weights"},
-            "targets": list(targets),
-            "data": dict(digests),
-            "weights": weights,
-            "method_file": method_file,
-        }
-    )
+def training_key(setup: Setup) -> str:
+    """Hex hash of everything that decides the weights of a training."""
+    return hash_of(origin(setup))
 
 
 def stamp(path: str) -> tuple[int, int] | None:
@@ -139,6 +127,6 @@ def run_name(setup: Setup) -> str:
     config = setup.config
     layers = "+".join(str(name) for name in getattr(config.options, "layers", ()))
     layers = "".join(c if c.isalnum() or c in "+._" else "_" for c in layers)[:40]
-    targets = "+".join(config.target) if setup.method.uses_target else ""
+    targets = "+".join(targets_of_training(setup))
     parts = [config.mode, config.source, targets, layers, f"s{config.seed}"]
     return "-".join(part for part in [*parts, training_key(setup)[:6]] if part)

@@ -159,6 +159,11 @@ def test_one_p_zero_per_layer(tiny):
     assert density["conv1"] > 0.8 and density["conv2"] < 0.2
 
 
+def test_the_word_of_the_experiments_is_taken_for_target_maps(tiny):
+    with fastshape.attach(tiny, 1, mode="da") as attachment:
+        assert attachment.mode == "target"
+
+
 def test_target_masks_are_those_of_the_target(tiny):
     tiny.eval()
     tiny(targets)

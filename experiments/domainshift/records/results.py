@@ -35,7 +35,7 @@ from domainshift.records.schema import (
     Versions,
     WeightsRecord,
 )
-from domainshift.setup import Setup, training_key, training_setup
+from domainshift.setup import Setup, targets_of_training, training_key, training_setup
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def training_record(
         key=training_key(setup),
         mode=method.name,
         source=config.source,
-        targets=list(config.target) if method.uses_target else [],
+        targets=targets_of_training(training_setup(setup)),
         seed=config.seed,
         data=data.name,
         classes=list(data.classes),

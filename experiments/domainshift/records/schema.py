@@ -28,9 +28,12 @@ VERSION = 3  # of the records; raised when a reader of older ones would err
 
 CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint.pt"
 TRAINING, EVALUATIONS, SUMMARY = "training.json", "evaluations", "summary.json"
+SUITE, FAILURE = "suite.json", "failure.json"  # of a suite: its plan; how a training of it failed
 
 
 class Record(BaseModel):
+    """A frozen set of fields; unknown ones, NaN and infinities are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -70,6 +73,8 @@ class DomainData(Record):
 
 
 class WeightsRecord(Record):
+    """Where the initial weights came from."""
+
     source: str = Field(description="imagenet, none, or the name of a file")
     sha256: str | None = Field(description="of the file; null for none")
 
@@ -85,7 +90,7 @@ class TrainingRecord(Record):
     mode: str = Field(description="the method")
     source: str = Field(description="labelled domain")
     targets: list[str] = Field(description="domains whose unlabelled images training saw")
-    seed: int
+    seed: int = Field(description="of weights, data order, augmentation and maps")
     data: str = Field(description="name of the data set")
     classes: list[str] = Field(description="names of the classes, in the order of the labels")
     domains: dict[str, DomainData] = Field(description="what training read, by domain")
@@ -93,14 +98,16 @@ class TrainingRecord(Record):
     switches: dict[str, Any] = Field(description="every switch that decides the weights")
     places: dict[str, Any] = Field(description="switches that decide where and how it was computed")
     layers: list[str] = Field(description="names of the shaped modules")
-    epochs: int
-    updates: int
-    passes: int
+    epochs: int = Field(description="passes over the source; the last one may be cut short")
+    updates: int = Field(description="optimizer steps")
+    passes: int = Field(description="training passes; accumulation makes several per update")
     train_loss: float = Field(description="of the last epoch")
     source_train_accuracy: float = Field(description="percent, of the last epoch, while training")
     fired: dict[str, int] = Field(description="how often each shaped layer was shaped in training")
     density: dict[str, float] = Field(description="share of ones in each layer's last map")
-    bn_untouched: bool | None
+    bn_untouched: bool | None = Field(
+        description="whether images of other domains left BatchNorm's statistics alone; null: none came"
+    )
     seconds: float = Field(description="of training, tests left out")
     images_per_second: float = Field(description="of training")
     weights: WeightsRecord = Field(description="initial weights")
@@ -118,7 +125,7 @@ class EvaluationRecord(Record):
     training: str = Field(description="key of the training")
     weights_digest: str = Field(description="hash of the weights that were tested")
     epoch: int = Field(description="after which they were tested")
-    domain: str
+    domain: str = Field(description="the tested domain")
     images: Literal["all", "holdout", "train"] = Field(
         description="all of the domain; the held-out part of the source; its training images, as "
         "report A tested by mistake (no result)"
@@ -127,10 +134,10 @@ class EvaluationRecord(Record):
     bn: str = Field(description="BatchNorm as trained, measured on the source, or on the target")
     digest: str = Field(description="hash of the domain's images")
     counts: list[int] = Field(description="images of the domain per class, tested or not")
-    classes: list[str]
+    classes: list[str] = Field(description="names of the classes, in the order of the labels")
     confusion: list[list[int]] = Field(description="images, [true class][predicted class]")
-    correct: int
-    total: int
+    correct: int = Field(description="images classified right")
+    total: int = Field(description="images tested")
     accuracy: float = Field(description="percent")
     macro_accuracy: float = Field(description="percent, mean over the classes that occur")
     per_class: dict[str, dict[str, float | int | None]] = Field(
@@ -144,8 +151,8 @@ class EvaluationRecord(Record):
     loss: float = Field(description="mean cross-entropy")
     predictions: str = Field(description="sha256 of NAME.npz: labels, predicted, logits (float16)")
     features: str = Field(description="sha256 of NAME-features.npz: pooled features (float16)")
-    seconds: float
-    versions: Versions
+    seconds: float = Field(description="of the test")
+    versions: Versions = Field(description="what computed the test")
     seal: str = Field("", description="hash of this record")
 
 
@@ -155,41 +162,47 @@ class EvaluationRecord(Record):
 class Cell(Record):
     """One evaluation of an arm: which test of which training it is."""
 
-    source: str
-    target: str
-    seed: int
+    source: str = Field(description="labelled domain")
+    target: str = Field(description="tested domain")
+    seed: int = Field(description="of the training")
     training: str = Field(description="folder of the training, beside suite.json")
     test: str = Field(description="name of the evaluation in that folder")
 
 
 class ArmIndex(Record):
-    name: str
-    cells: list[Cell]
+    """One way to train and test, over domains and seeds."""
+
+    name: str = Field(description="of the arm, unique in the suite")
+    cells: list[Cell] = Field(description="its evaluations, by source, target and seed")
 
 
 class TableIndex(Record):
-    name: str
-    title: str
-    note: str | None = None
+    """A table of the report."""
+
+    name: str = Field(description="for --only and for links")
+    title: str = Field(description="heading")
+    note: str | None = Field(None, description="text under the heading")
     published: list[str] = Field(default=[], description="rows of published.csv it repeats")
     baseline: str | None = Field(None, description="the arm that the others are compared with")
     compare: list[tuple[str, str]] = Field(default=[], description="further (arm, reference)")
-    arms: list[ArmIndex]
+    arms: list[ArmIndex] = Field(description="in the order of the table")
 
 
 class TrainingIndex(Record):
+    """One training with all its tests."""
+
     key: str = Field(description="of the training that the folder must hold")
     switches: dict[str, Any] = Field(description="what run.py is given")
-    tests: list[Test]
+    tests: list[Test] = Field(description="every evaluation that an arm asks for")
 
 
 class SuiteIndex(Record):
     """suite.json: the plan of a suite, written when it starts. What is done, the folders say."""
 
-    format: Literal[2] = 2
-    suite: str
-    profile: str
-    title: str
+    format: Literal[2] = Field(2, description="of this file")
+    suite: str = Field(description="name of the suite")
+    profile: str = Field(description="full, mini or another of the suite")
+    title: str = Field(description="heading of the report")
     command: str = Field(description="what runs the whole suite")
-    tables: list[TableIndex]
+    tables: list[TableIndex] = Field(description="in the order of the report")
     trainings: dict[str, TrainingIndex] = Field(description="by folder")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from domainshift.config import Config, validated
+from domainshift.config import Config, hash_of, validated
 from domainshift.data import official_counts
 from domainshift.errors import BadInput, RecordError
 from domainshift.methods import Method, method_named
@@ -29,7 +29,6 @@ from domainshift.records.results import (
     seal,
 )
 from domainshift.records.schema import EVALUATIONS, EvaluationRecord, Row, TrainingRecord
-from domainshift.setup import key_of
 
 Fault = tuple[str, str]  # rule, words
 
@@ -193,13 +192,14 @@ def derived_faults(training: TrainingRecord, rows: Sequence[Row]) -> Iterator[Fa
     if training.switches["weights"] in ("imagenet", "none"):
         weights = weights_digest(training.switches["weights"], training.switches["model"])
     if training.places.get("method_file") is None:
-        key = key_of(
-            training.switches,
-            targets=training.targets,
-            digests={name: data.digest for name, data in training.domains.items()},
-            weights=weights,
-            method_file=None,
-        )
+        parts = {
+            "switches": {n: v for n, v in training.switches.items() if n != "weights"},
+            "targets": training.targets,
+            "images": {name: data.digest for name, data in training.domains.items()},
+            "weights": weights,
+            "method_file": None,
+        }  # as `domainshift.setup.origin` has them
+        key = hash_of(parts)
         if key != training.key:
             yield "record", f"training.json: key is {training.key[:12]}; its fields give {key[:12]}"
     last = rows[-1]

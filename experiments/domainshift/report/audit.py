@@ -10,15 +10,12 @@ come, and the record shows that as many labelled images were trained on as the s
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-import torch
-
 from domainshift.errors import BadInput
-from domainshift.models import bare_model
+from domainshift.models import output_shapes
 from domainshift.records.results import Result
 from domainshift.records.validate import config_of, method_of_record
 from domainshift.report import switches
@@ -125,7 +122,7 @@ def hooks(result: Result) -> Iterator[str]:
     method = method_of_record(training)
     try:
         expected = list(method.layer_names(config_of(training)))
-        calls = calls_of(training.switches["model"], training.switches["image_size"])
+        shapes = output_shapes(training.switches["model"], training.switches["image_size"])
     except BadInput:  # a network that is not installed here
         return
     if method.name != training.mode:  # nor is its method
@@ -136,27 +133,11 @@ def hooks(result: Result) -> Iterator[str]:
         return
     for row in result.rows:
         for name in expected:
-            if row.fired.get(name) != row.passes * calls[name]:
+            if row.fired.get(name) != row.passes * len(shapes[name]):
                 yield (
                     f"epoch {row.epoch}: {name} was shaped {row.fired.get(name)} times in "
-                    f"{row.passes} passes of {counted(calls[name], 'call')}"
+                    f"{row.passes} passes of {counted(len(shapes[name]), 'call')}"
                 )
-
-
-@functools.cache
-def calls_of(model: str, image_size: int) -> Counter[str]:
-    """How often a pass calls each module of a network: a block of ResNet-18 calls its ReLU twice."""
-    network, calls = bare_model(model), Counter()
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-        for name, module in network.named_modules()
-    ]
-    training = network.training
-    network.eval()(torch.zeros(1, 3, image_size, image_size, device="meta"))
-    network.train(training)
-    for handle in handles:
-        handle.remove()
-    return calls
 
 
 # --- several results --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ RECORDS = {
     schema.Row: "a line of metrics.jsonl",
     schema.TrainingRecord: schema.TRAINING,
     schema.EvaluationRecord: f"{schema.EVALUATIONS}/NAME.json",
-    schema.SuiteIndex: "suite.json",
+    schema.SuiteIndex: schema.SUITE,
 }
 
 

@@ -21,11 +21,9 @@ from domainshift.config import Test
 from domainshift.errors import RecordError, SuiteError
 from domainshift.methods import Method
 from domainshift.records.results import Result, evaluation_names, read_record
-from domainshift.records.schema import CONFIG, TRAINING, SuiteIndex
+from domainshift.records.schema import CONFIG, FAILURE, SUITE, TRAINING, SuiteIndex
 from domainshift.records.validate import Problem, read_result
 from domainshift.report import switches
-
-INDEX, FAILURE = "suite.json", "failure.json"
 
 Key = tuple[str, str, int]  # source, target, seed
 Pair = tuple[str, str]  # source, target
@@ -115,15 +113,15 @@ def read_study(folder: Path) -> Study:
     """All records below `folder`, in their tables. Raises SuiteError."""
     if not folder.is_dir():
         raise SuiteError(f"{folder} is no folder; the folder of a suite is needed")
-    if (folder / INDEX).exists():
+    if (folder / SUITE).exists():
         try:
-            return planned_study(folder, read_record(folder / INDEX, SuiteIndex))
+            return planned_study(folder, read_record(folder / SUITE, SuiteIndex))
         except RecordError as error:
             raise SuiteError(str(error)) from None
     results, problems = records(folder)
     results = {name: r for name, r in results.items() if is_of_target(r)}
     if not results and not problems:
-        raise SuiteError(f"{folder} holds neither {INDEX} nor the record of a run")
+        raise SuiteError(f"{folder} holds neither {SUITE} nor the record of a run")
     table, strays = grouped(list(results.values()))
     planned = [name for name in results if name not in strays]
     title = "Results by their switches"
@@ -179,7 +177,7 @@ def planned_study(folder: Path, index: SuiteIndex) -> Study:
             trained = (folder / training / TRAINING).exists()
             line = "not tested yet" if trained else "not trained to the end"
             problems.append(Problem(name, "unfinished", [line]))
-    reasons = {True: f"no table of {INDEX} has it", False: f"{INDEX} does not have it"}
+    reasons = {True: f"no table of {SUITE} has it", False: f"{SUITE} does not have it"}
     strays = {n: f"finished, but {reasons[n in extra]}" for n in results if n not in cells}
     return Study(
         folder, index.suite, index.title, indexed(index, results), results, problems, list(cells),
@@ -210,22 +208,22 @@ def misplaced(result: Result, cells: Sequence[Any], index: SuiteIndex) -> list[s
     training, planned = result.training, index.trainings.get(result.folder.name)
     lines = []
     if planned is None:
-        lines.append(f"{INDEX} has no such training")
+        lines.append(f"{SUITE} has no such training")
     elif planned.key != training.key:
         pairs = [(n, training.switches.get(n, v), v) for n, v in planned.switches.items()]
         lines += [
-            f"{n} is {ours!r}; {INDEX} has {theirs!r}"
+            f"{n} is {ours!r}; {SUITE} has {theirs!r}"
             for n, ours, theirs in pairs
             if n != "mode"  # which may share another's training
             and switches.plain(n, ours) != switches.plain(n, theirs)
-        ] or [f"its key is {training.key[:12]}; {INDEX} has {planned.key[:12]}"]  # fmt: skip
+        ] or [f"its key is {training.key[:12]}; {SUITE} has {planned.key[:12]}"]  # fmt: skip
     test = result.evaluation
     name = Test(domain=test.domain, images=test.images, at_eval=test.at_eval, bn=test.bn).name
     for cell in cells:
         ours = (*result.key, name)
         theirs = (cell.source, cell.target, cell.seed, cell.test)
         for n, a, b in zip(("source", "target", "seed", "test"), ours, theirs, strict=True):
-            lines += [f"{n} is {a!r}; {INDEX} has {b!r}"] if a != b else []
+            lines += [f"{n} is {a!r}; {SUITE} has {b!r}"] if a != b else []
     return list(dict.fromkeys(lines))
 
 
@@ -249,7 +247,7 @@ def indexed(index: SuiteIndex, results: Mapping[str, Result]) -> list[Table]:
             tables.append(Table(table.name, table.title, list(own.values()), table.note,
                                 table.published, baseline, compare))  # fmt: skip
     except KeyError as error:
-        raise SuiteError(f"{INDEX}: table {table.name} names {error}, which is no arm") from None
+        raise SuiteError(f"{SUITE}: table {table.name} names {error}, which is no arm") from None
     return tables
 
 

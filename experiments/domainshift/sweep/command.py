@@ -29,7 +29,7 @@ from domainshift.errors import BadInput, RecordError, SuiteError
 from domainshift.methods import load_method_file
 from domainshift.progress import Screen
 from domainshift.records.results import read_evaluation
-from domainshift.records.schema import CHECKPOINT, SuiteIndex, TrainingIndex
+from domainshift.records.schema import CHECKPOINT, FAILURE, SUITE, SuiteIndex, TrainingIndex
 from domainshift.records.validate import check
 from domainshift.sweep import state
 from domainshift.sweep.cluster import Cluster
@@ -267,13 +267,13 @@ class Sweep:
         line, style = f"[{self.count:{len(str(len(self.todo)))}}/{len(self.todo)}] {job.name}", ""
         if failure is None:
             self.states[job.name] = State(DONE)
-            (folder / state.FAILURE).unlink(missing_ok=True)
+            (folder / FAILURE).unlink(missing_ok=True)
             if not self.keep:  # 90 MB, and hundreds of trainings would fill a disk
                 (folder / CHECKPOINT).unlink(missing_ok=True)
             line += f"  {accuracies(folder, job)}  {how}"
         else:
             self.failures[job.name] = failure
-            files.write_json(folder / state.FAILURE, failure._asdict())
+            files.write_json(folder / FAILURE, failure._asdict())
             line, style = f"{line}  FAILED: {(failure.lines or ['no word'])[-1]}", "bold red"
         if left := [*self.waiting, *(job for job, _ in self.running.values())]:
             line += f"  {len(left)} to go, about {duration(self.clock.left(left))}"
@@ -328,11 +328,11 @@ def run_suite(flags: Namespace, screen: Screen) -> int:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SuiteError(f"out: cannot make folder {out}: {error.strerror}") from None
-        files.write_json(out / state.INDEX, index.model_dump(mode="json"))
+        files.write_json(out / SUITE, index.model_dump(mode="json"))
         sweep.run(pool)
     finally:
         pool.stop()
-    screen.say(f"{sweep.progress()}: {out / state.INDEX}")
+    screen.say(f"{sweep.progress()}: {out / SUITE}")
     for name, failure in sweep.failures.items():
         screen.say(f"failed: {name} ({out / name / state.LOG})", "bold red")
         for line in failure.lines:

@@ -16,7 +16,7 @@ from domainshift.data import DataSet, open_data
 from domainshift.errors import ConfigError, SuiteError
 from domainshift.methods import METHODS, Method, load_method_file, method_named
 from domainshift.records.schema import ArmIndex, Cell, TableIndex
-from domainshift.setup import Setup, default_data, set_up, training_key
+from domainshift.setup import Setup, default_data, set_up, targets_of_training, training_key
 from domainshift.sweep.schema import Suite, Table
 
 OWN = ("source", "target", "seed", "out")  # switches that an arm may not set
@@ -161,7 +161,7 @@ def cell_name(arm: str, source: str, target: str, seed: int) -> str:
 def folder_name(arm: str, setup: Setup) -> str:
     """A training's folder: the arm, the domains that it trains on, and the seed."""
     config = setup.config
-    targets = config.target if setup.method.uses_target else ()
+    targets = targets_of_training(setup)
     domains = [re.sub(r"[^\w.+-]", "_", name) for name in (config.source, *targets)]
     return "-".join([arm, *domains, f"s{config.seed}"])
 

@@ -20,6 +20,7 @@ from domainshift.records.schema import (
     CONFIG,
     EVALUATIONS,
     METRICS,
+    SUITE,
     TRAINING,
     VERSION,
     SuiteIndex,
@@ -29,7 +30,7 @@ from domainshift.sweep.plan import Job
 from domainshift.training import checkpoint
 from domainshift.training.run import check_same
 
-INDEX, FAILURE, LOG = "suite.json", "failure.json", "log.txt"
+LOG = "log.txt"
 LOCKS = ".locks"
 ASIDE = ".aside"  # suffix of what was moved aside
 
@@ -152,7 +153,7 @@ def in_use(folder: Path) -> bool:
 def check_folder(out: Path, index: SuiteIndex, states: Iterable[State]) -> None:
     """Raises SuiteError where a folder holds another suite, or other trainings."""
     try:
-        saved = files.read_json(out / INDEX)
+        saved = files.read_json(out / SUITE)
         theirs = saved["suite"], saved["profile"]
     except (RecordError, KeyError, TypeError):  # none, or one that will be written again
         theirs = index.suite, index.profile

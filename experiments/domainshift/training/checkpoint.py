@@ -7,48 +7,20 @@ the lines of metrics.jsonl, which is written first.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from domainshift import files
 from domainshift.config import differing
 from domainshift.errors import BadInput, ConfigError, RecordError
 from domainshift.methods import Method
-from domainshift.setup import Setup, known_digest, stamp, training_setup
-
-
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, of the names, dtypes, shapes and bytes of a state dict, in its order."""
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
-
+from domainshift.models import state_digest
 
 # --- what decides the weights -----------------------------------------------------------------
-
-
-def origin(setup: Setup) -> dict[str, Any]:
-    """What decides the weights of a training (see `training_key`), by name: an error can say it."""
-    config, method, data, _ = training_setup(setup)
-    switches = config.training_values()
-    weights = switches.pop("weights")
-    file = config.method_file
-    return {
-        "switches": switches,
-        "targets": list(config.target) if method.uses_target else [],
-        "images": {name: data.digest(name, config.limit) for name in method.domains(config)},
-        "weights": known_digest(weights, config.model, stamp(config.weights)),
-        "method file": None if file is None else files.digest(Path(file)),
-    }
 
 
 def switch_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -65,7 +37,7 @@ def switch_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
 def check_origin(saved: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
     """Raises ConfigError, which names each difference, unless both are one training."""
     differences = switch_differences(saved["switches"], own["switches"])
-    for name in ("targets", "weights", "method file"):
+    for name in ("targets", "weights", "method_file"):
         differences += differing({name: saved[name]}, {name: own[name]})
     for name, digest in own["images"].items():
         if saved["images"].get(name, digest) != digest:
@@ -179,7 +151,7 @@ def load_weights(path: Path, method: Method, digest: str) -> None:
     if not path.is_file():
         raise BadInput(f"{path} is missing, so the finished training cannot be tested further")
     state = read(path)
-    own = weights_digest(state["model"]) if isinstance(state.get("model"), Mapping) else "none"
+    own = state_digest(state["model"]) if isinstance(state.get("model"), Mapping) else "none"
     if own != digest:
         raise BadInput(
             f"{path} was exchanged: the hash of its weights is {own[:12]}, and training.json names "

@@ -239,7 +239,7 @@ def train(
     It may go on with another number of processes: then they are the same except for rounding.
 
     Args:
-        origin: of `checkpoint.origin`.
+        origin: of `domainshift.setup.origin`.
         test: the tests after an epoch, by name. Called where `config.tests_after` asks for them.
         log: gets each new row.
 

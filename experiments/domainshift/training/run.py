@@ -24,13 +24,13 @@ from domainshift.data.images import Domain, split_holdout
 from domainshift.data.pairing import same_class
 from domainshift.errors import ConfigError, RecordError
 from domainshift.methods import Method, method_named
-from domainshift.models import Weights, build_model
+from domainshift.models import Weights, build_model, state_digest
 from domainshift.progress import Screen
 from domainshift.records import results
 from domainshift.records.results import Predictions, Result, Training
 from domainshift.records.schema import CHECKPOINT, CONFIG, SUMMARY, TRAINING, Count, Row
 from domainshift.records.validate import check, evaluation_faults, read_result
-from domainshift.setup import Setup, training_key, training_setup
+from domainshift.setup import Setup, origin, targets_of_training, training_key, training_setup
 from domainshift.training import checkpoint
 from domainshift.training.curve_log import curve_log
 from domainshift.training.evaluation import TestSets, count_of, evaluate_all
@@ -127,8 +127,8 @@ def check_same(saved: Mapping[str, Any], shared: Setup, path: Path) -> None:
     own = shared.config.training_values()
     own.pop("weights")  # another path may hold the same ones; the checkpoint compares their hash
     old = {name: saved.get(name) for name in own} | {"mode": method.trains_as or method.name}
-    if shared.method.uses_target:
-        old["target"], own["target"] = saved.get("target"), list(shared.config.target)
+    if targets := targets_of_training(shared):
+        old["target"], own["target"] = saved.get("target"), targets
     if differences := checkpoint.switch_differences(old, own):
         raise ConfigError(
             f"{path} is of another configuration ({'; '.join(differences)}); use those values, or "
@@ -364,15 +364,15 @@ def trained(
         last.update(evaluate_all(method, tests, experiment.sets, epoch, screen))
         return {test.name: count_of(predictions) for test, predictions in last.items()}
 
-    config, origin = shared.config, checkpoint.origin(shared)
-    rows = train(method, experiment.images, config, folder, origin, test, screen, experiment.log)
+    config, parts = shared.config, origin(shared)
+    rows = train(method, experiment.images, config, folder, parts, test, screen, experiment.log)
     record = results.training_record(
         shared,
         rows,
         layers=method.layers,
         held_out=experiment.held_out,
         weights=experiment.weights,
-        weights_digest=checkpoint.weights_digest(method.model.state_dict()),
+        weights_digest=state_digest(method.model.state_dict()),
         warnings=experiment.warnings,
     )
     with distributed.together():

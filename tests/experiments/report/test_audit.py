@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import yaml
 from domainshift import files
+from domainshift.models import output_shapes
 from domainshift.records.schema import EVALUATIONS, METRICS
 from domainshift.report import audit, command
 from domainshift.report.comparisons import matchups
@@ -208,8 +209,8 @@ def test_hooks_on_other_layers_than_the_switches_name(folder):
 def test_a_module_that_is_called_twice_is_shaped_twice(tmp_path):
     text = changed("tables.shaping.arms.random", layers=[2], after="relu")
     assert audited(write_suite(tmp_path / "small", text)).passes
-    assert audit.calls_of("resnet18", 64)["layer1.0.relu"] == 2
-    assert audit.calls_of("resnet18", 64)["layer1.0.conv1"] == 1
+    assert len(output_shapes("resnet18", 64)["layer1.0.relu"]) == 2
+    assert len(output_shapes("resnet18", 64)["layer1.0.conv1"]) == 1
 
 
 # --- several records --------------------------------------------------------------------------
@@ -303,7 +304,7 @@ def test_one_seed_of_every_arm_with_other_weights(folder, capsys):
 
 def exchange_images(folder, monkeypatch, those):
     """Other pixels of sketch in some trainings, all else being right."""
-    monkeypatch.setattr("domainshift.records.validate.key_of", lambda *_, **__: "ab" * 32)
+    monkeypatch.setattr("domainshift.records.validate.hash_of", lambda _: "ab" * 32)
     index = files.read_json(folder / "suite.json")
 
     def change(training, rows, tests, exchange):

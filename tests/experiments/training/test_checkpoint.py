@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 from domainshift.errors import BadInput, ConfigError, RecordError
+from domainshift.models import state_digest
 from domainshift.records import results
 from domainshift.records.schema import CHECKPOINT, CONFIG, TRAINING
 from domainshift.records.validate import check
+from domainshift.setup import origin
 from domainshift.training import checkpoint
 from domainshift.training.run import build
 from tiny_runs import (
@@ -30,8 +32,8 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 def test_digest_covers_names_dtypes_shapes_bytes_and_order():
     a, b = torch.arange(6.0).view(2, 3), torch.tensor(3)
     state = {"a": a, "b": b}
-    digest = checkpoint.weights_digest(state)
-    assert digest == checkpoint.weights_digest({"a": a.clone(), "b": b.clone()})
+    digest = state_digest(state)
+    assert digest == state_digest({"a": a.clone(), "b": b.clone()})
     others = [
         {"c": a, "b": b},
         {"a": a.view(3, 2), "b": b},
@@ -40,20 +42,20 @@ def test_digest_covers_names_dtypes_shapes_bytes_and_order():
         {"a": a, "b": b + 1},
         {"b": b, "a": a},
     ]
-    digests = {checkpoint.weights_digest(other) for other in others}
+    digests = {state_digest(other) for other in others}
     assert len(digests) == len(others) and digest not in digests
 
 
 def test_digest_is_that_of_the_documented_bytes():
     expected = hashlib.sha256(b"w torch.int16 (2,)\n\x01\x00\x02\x00").hexdigest()
-    assert checkpoint.weights_digest({"w": torch.tensor([1, 2], dtype=torch.int16)}) == expected
+    assert state_digest({"w": torch.tensor([1, 2], dtype=torch.int16)}) == expected
 
 
 def test_digest_is_of_values_and_not_of_their_layout():
     x = torch.randn(2, 3, 4, 4)
     last = x.to(memory_format=torch.channels_last)
-    assert checkpoint.weights_digest({"x": x}) == checkpoint.weights_digest({"x": last})
-    checkpoint.weights_digest({"x": x.bfloat16()})  # numpy has no bfloat16
+    assert state_digest({"x": x}) == state_digest({"x": last})
+    state_digest({"x": x.bfloat16()})  # numpy has no bfloat16
 
 
 # --- resuming ---
@@ -190,7 +192,7 @@ def test_a_run_goes_on_in_another_memory_format(unfinished, tmp_path):
     setup = setup_of(epochs=1, step_fraction=1, memory_format="channels_last")
     method = build(setup, setup.config.tests(), None, tmp_path).method
     path = unfinished / CHECKPOINT
-    assert checkpoint.resume(path, method, checkpoint.origin(setup)) == 1
+    assert checkpoint.resume(path, method, origin(setup)) == 1
     before = checkpoint.read(path)["optimizer"]["state"]
     state = method.optimizer.state
     assert len(state) == len(before) > 0

@@ -5,9 +5,10 @@ import pytest
 import torch
 from domainshift.config import Test
 from domainshift.methods import Method
+from domainshift.models import state_digest
 from domainshift.records import results
 from domainshift.records.schema import CHECKPOINT
-from domainshift.training import checkpoint, evaluation
+from domainshift.training import evaluation
 from domainshift.training.evaluation import count_of, evaluate, evaluate_all
 from domainshift.training.run import build
 from tiny_runs import (
@@ -243,6 +244,6 @@ def test_adabn_is_a_test_of_the_baseline(tmp_path):
 
 def test_weights_are_those_of_the_checkpoint(tmp_path):
     folder = run(tmp_path / "r", epochs=1)
-    digest = checkpoint.weights_digest(weights_of(folder))
+    digest = state_digest(weights_of(folder))
     assert results.read_training(folder).record.weights_digest == digest
     assert results.read_evaluation(folder, "sketch-bn-source").weights_digest == digest

@@ -9,7 +9,7 @@ from domainshift.data.pairing import epoch_order
 from domainshift.errors import ConfigError, ShapingError, TrainingError
 from domainshift.methods import Method
 from domainshift.records.schema import CHECKPOINT
-from domainshift.training import checkpoint
+from domainshift.setup import origin
 from domainshift.training.loop import train
 from domainshift.training.run import build
 from tiny_runs import TOTAL, quiet, rows_of, run, same_tensors, setup_of, state_of
@@ -86,14 +86,14 @@ def with_labels_of_sketch(monkeypatch, change):
 def test_training_does_not_touch_labels_of_the_target(monkeypatch, tmp_path, mode):
     with_labels_of_sketch(monkeypatch, lambda labels: Untouchable())
     setup, experiment = built(tmp_path, epochs=1, **SHAPED.get(mode, {"mode": mode}))
-    origin = checkpoint.origin(setup)
+    parts = origin(setup)
     trained = []
 
     def no_test(epoch):
         trained.append(experiment.method.passes)
         return {}
 
-    arguments = experiment.method, experiment.images, setup.config, tmp_path, origin
+    arguments = experiment.method, experiment.images, setup.config, tmp_path, parts
     train(*arguments, no_test, quiet())
     assert trained == [2]
     from domainshift.training.evaluation import evaluate

@@ -1,0 +1,93 @@
+"""From values to a checked setup, and what decides the key of a training."""
+
+import pytest
+from domainshift.errors import ConfigError
+from domainshift.setup import NO_DATA, run_name, set_up, training_key
+
+TINY = {
+    "data": "toy",
+    "limit": 2,
+    "image_size": 32,
+    "device": "cpu",
+    "weights": "none",
+    "amp": "off",
+}
+
+
+def key(**values):
+    return training_key(set_up(TINY | values))
+
+
+def test_switches_of_testing_and_of_place_do_not_change_the_training():
+    baseline = key()
+    for values in (
+        {"target": "photo"},
+        {"target": ["photo", "sketch"]},
+        {"bn_at_test": "target"},
+        {"test_set": "source-train"},
+        {"evaluate": "each"},
+        {"mode": "adabn"},
+        {"workers": 2, "out": "x", "pipeline": "device", "memory_format": "channels_last"},
+    ):
+        assert key(**values) == baseline, values
+    assert key(mode="random", at_eval="on") == key(mode="random")
+
+
+def test_everything_else_does():
+    keys = [
+        key(),
+        key(seed=1),
+        key(epochs=3),
+        key(source="photo"),
+        key(limit=3),
+        key(amp="bfloat16"),
+        key(model="resnet18"),
+        key(mode="random"),
+        key(mode="random", p_zero=0.3),
+        key(mode="da"),
+        key(mode="da", target="photo"),
+        key(mode="da", apply_maps=False, record_mode="train"),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_target_that_training_does_not_see_is_not_in_its_key():
+    """Maps of other domains stand in the target's place: one training serves both targets."""
+    sources = {"mode": "da", "mask_sources": ["art_painting", "photo"]}
+    assert key(**sources, target="sketch") == key(**sources, target="cartoon")
+
+
+def test_weights_enter_by_their_content(tmp_path):
+    import torch
+    from domainshift.models import build_model
+
+    state = build_model("resnet18-slim", "none", 7, 0)[0].state_dict()
+    paths = [tmp_path / name for name in ("a.pt", "b.pt", "c.pt")]
+    for path in paths[:2]:
+        torch.save(state, path)
+    paths[1].write_bytes(paths[0].read_bytes())
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, paths[2])
+    first, same, other = (key(weights=str(path)) for path in paths)
+    assert first == same != other
+
+
+def test_a_name_reads_well_and_differs_with_the_training():
+    name = run_name(set_up(TINY | {"mode": "da"}))
+    assert name.startswith("da-art_painting-sketch-4-s0-")
+    assert run_name(set_up(TINY | {"mode": "da", "seed": 1})) != name
+    assert run_name(set_up(TINY)).startswith("baseline-art_painting-s0-")
+
+
+def test_no_data_means_the_pacs_folder_or_the_toy(monkeypatch, tmp_path):
+    monkeypatch.setattr("domainshift.setup.REPOSITORY", tmp_path)
+    setup = set_up({"device": "cpu"})
+    assert (setup.data.name, setup.config.data) == ("toy", "toy")
+    assert NO_DATA in setup.warnings
+    (tmp_path / "data" / "PACS").mkdir(parents=True)
+    with pytest.raises(Exception, match="PACS"):  # the folder is taken, and it is empty
+        set_up({"device": "cpu"})
+
+
+def test_layers_that_the_network_lacks_are_refused():
+    with pytest.raises(ConfigError, match="layers: there is no conv 21; this model has 1 conv1"):
+        set_up(TINY | {"mode": "da", "layers": 21})
