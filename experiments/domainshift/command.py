@@ -26,7 +26,7 @@ from rich.console import Console
 from domainshift import distributed, files
 from domainshift.config import Config, Switches, Test, choices, preset_values, role
 from domainshift.errors import BadInput, ConfigError, Failure
-from domainshift.methods import METHODS, load_method_file, method_named
+from domainshift.methods import METHODS, blamed, load_method_file, method_named
 from domainshift.models import layer_lines
 from domainshift.progress import Screen
 from domainshift.records.schema import CONFIG
@@ -56,12 +56,16 @@ def parser(mode: str = "baseline", preset: str | None = None) -> ArgumentParser:
     preset = preset or Config.model_fields["preset"].default
     result = ArgumentParser(
         prog="run.py",
-        description=(__doc__ or "").split("\n\n")[0] + " Methods: " + listing() + ".",
+        description="Train on one domain and test on others, with or without activation shaping. Methods: "
+        + listing()
+        + ".",
         allow_abbrev=False,  # an abbreviation changes its meaning when a switch is added
         exit_on_error=False,
     )
     start = result.add_argument_group("start")
-    start.add_argument("--config", metavar="FILE", help="YAML file of switches; flags override it")
+    start.add_argument(
+        "--config", metavar="FILE", default="none", help="YAML file of switches; flags override it"
+    )
     start.add_argument(
         "--resume",
         action="store_true",
@@ -150,15 +154,9 @@ def request(arguments: Sequence[str]) -> Request:
         return Request(values | flags, [] if retested(flags) else tests, False)
     if flags.get("out") is None:
         raise ConfigError("resume: needs --out FOLDER, the folder of the run to go on with")
-    saved = Path(flags["out"]) / CONFIG
-    if not saved.is_file():
-        if file is None and set(flags) == {"out"}:
-            raise ConfigError(f"out: {flags['out']!r} holds no run to resume (no {CONFIG})")
-        values = saved_values(Path(file)) if file else {"tests": []}
-        return Request(
-            {n: v for n, v in values.items() if n != "tests"} | flags, values["tests"], True
-        )
-    values = saved_values(saved)
+    if file is not None:
+        raise ConfigError("config: not with --resume, which reads the file in the run's folder")
+    values = resumed_values(Path(flags["out"]))
     tests = values.pop("tests")
     if "updates" in flags:
         values.pop("epochs", None)
@@ -194,15 +192,31 @@ def value_of(arguments: Sequence[str], option: str) -> str | None:
     return None
 
 
+def resumed_values(folder: Path) -> dict[str, Any]:
+    """The switches and `tests` of the run in a folder, or of the runs of several targets below it."""
+    if (folder / CONFIG).is_file():
+        return saved_values(folder / CONFIG)
+    runs = [saved_values(path) for path in sorted(folder.glob(f"*/{CONFIG}"))]
+    targets = [target for values in runs for target in values.get("target") or []]
+    if not runs or {path.parent.name for path in folder.glob(f"*/{CONFIG}")} != set(targets):
+        raise ConfigError(f"out: {str(folder)!r} holds no run to resume (no {CONFIG})")
+    return runs[0] | {"target": targets, "tests": []}
+
+
 def saved_values(path: Path) -> dict[str, Any]:
-    """The switches in the config.yaml of a run, and its `tests`; warnings follow from the switches."""
+    """The switches in the config.yaml of a run, and its `tests`; warnings follow from the switches.
+
+    Raises ConfigError for a file that cannot be read, or holds something else.
+    """
     values = {str(name).replace("-", "_"): value for name, value in files.read_yaml(path).items()}
     values.pop("warnings", None)
     tests = values.get("tests") or []
     try:
         values["tests"] = [Test.model_validate(test) for test in tests]
-    except ValueError as error:
-        raise ConfigError(f"{path}: tests: {' '.join(str(error).split())}") from None
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"{path}: tests: {tests!r} is not allowed; allowed: a list of tests as a run writes it"
+        ) from None
     return values
 
 
@@ -225,6 +239,8 @@ def setups_of(values: Mapping[str, Any]) -> list[Setup]:
     if len(targets_of_training(setup)) < 2:
         return [setup]
     base = Path(config.out) if config.out else None
+    if base is not None and (base / CONFIG).exists():
+        return [setup]  # the folder is that of one training, which will be refused by name
     setups = []
     for target in config.target:
         place = {} if base is None else {"out": str(base / target)}
@@ -236,12 +252,14 @@ def run(request: Request, screen: Screen) -> None:
     """Everything that a request asks for: trainings, tests, closing lines."""
     from domainshift.training.run import closing_lines, execute
 
-    with distributed.together():
+    with distributed.together(), blamed():
         setups = setups_of(request.values)
     for setup in setups:
         folder = Path(setup.config.out or Path("runs") / run_name(setup))
-        tests = list(dict.fromkeys([*setup.config.tests(), *request.tests]))
-        execute(setup, tests=tests, folder=folder, resume=request.resume, screen=screen)
+        earlier = request.tests if len(setups) == 1 else []
+        tests = list(dict.fromkeys([*setup.config.tests(), *earlier]))
+        with blamed():
+            execute(setup, tests=tests, folder=folder, resume=request.resume, screen=screen)
         if distributed.rank() == 0:
             for line in closing_lines(folder):
                 screen.say(line)

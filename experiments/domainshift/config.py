@@ -211,7 +211,7 @@ class Config(Switches):
 
     data: Text | None = switch(
         None,
-        "a folder <domain>/<class>/<image>, or toy (drawn images); default: data/PACS, else toy",
+        "a folder <domain>/<class>/<image>, or toy (drawn images); none: data/PACS, else toy",
         role="place",
         group="data",
     )
@@ -225,7 +225,7 @@ class Config(Switches):
         0.0, "part of the source that is tested on and not trained on", group="data"
     )
     cache: Text | None = switch(
-        None, "folder for decoded images (default: data/cache)", role="place", group="data"
+        None, "folder for decoded images; none: data/cache", role="place", group="data"
     )
 
     bn_at_test: Literal["trained", "source", "target"] = switch(
@@ -319,7 +319,7 @@ class Config(Switches):
     )
     out: Text | None = switch(
         None,
-        "run folder (default: runs/ and a name from the switches)",
+        "run folder; none: runs/ and a name from the switches",
         role="place",
         group="machine",
     )
@@ -621,7 +621,7 @@ def check(config: Config, method: MethodLike, data: DataLike) -> list[str]:
         refuse("nesterov", "needs a momentum above 0; use --no-nesterov or another --momentum")
     if config.accumulate > config.batch_size:
         refuse("accumulate", f"is more than batch_size {config.batch_size}")
-    warnings = list(method.check(config, refuse))
+    warnings = list(method.check(config, refuse) or ())
     if config.limit is not None:
         warnings.append(f"limit {config.limit}: only that many images per class, not whole domains")
     if config.test_set == "source-train":

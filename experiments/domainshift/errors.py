@@ -21,12 +21,12 @@ class SuiteError(BadInput):
     """A suite, or the content of its folder, is not usable."""
 
 
+class RecordError(BadInput):
+    """A file of a run cannot be written or read: it is broken, the disk is full, and the like."""
+
+
 class Failure(RuntimeError):
     """A run that started cannot go on."""
-
-
-class RecordError(Failure):
-    """A file of a run cannot be written or read."""
 
 
 class TrainingError(Failure):

@@ -49,7 +49,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         with replacing(path) as file:
             file.write(content)
     except OSError as error:
-        state = "the old one is untouched" if path.exists() else "nothing was written"
+        state = "the old one is untouched" if path.exists() else "it was not written"
         raise RecordError(f"cannot write {path}: {error.strerror or error}; {state}") from error
 
 

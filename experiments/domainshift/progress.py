@@ -19,11 +19,16 @@ class Screen:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        self.warnings: set[str] = set()
 
     def say(self, line: str, style: str = "") -> None:
         self.console.print(Text(line, style=style))
 
     def warn(self, line: str) -> None:
+        """Say a warning, once however often it comes."""
+        if line in self.warnings:
+            return
+        self.warnings.add(line)
         self.say(f"warning: {line}", "bold red" if line.startswith("INVALID") else "yellow")
 
     @contextmanager

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from domainshift import files
 from domainshift.config import REPOSITORY, Config, hash_of, resolve
 from domainshift.data import DataSet, open_data
-from domainshift.methods import Method, load_method_file, method_named
-from domainshift.models import weights_digest
+from domainshift.errors import ConfigError
+from domainshift.methods import METHODS, Method, load_method_file, method_named
+from domainshift.models import output_shapes, weights_digest
 
 NO_DATA = "no --data given and no data/PACS folder: the toy data set is used"
 
@@ -35,6 +36,9 @@ def set_up(values: Mapping[str, Any], data: DataSet | None = None) -> Setup:
     Raises BadInput, which names the switch, the value and what is allowed.
     """
     given = {str(name).replace("-", "_"): value for name, value in values.items()}
+    for name in ("data", "cache", "method_file"):
+        if not isinstance(given.get(name), str | Path | None):
+            raise ConfigError(f"{name}: {given[name]!r} is not allowed; allowed: a path")
     if given.get("method_file") is not None:
         load_method_file(Path(given["method_file"]))
     method = method_named(str(given.get("mode", Config.model_fields["mode"].default)))
@@ -45,9 +49,22 @@ def set_up(values: Mapping[str, Any], data: DataSet | None = None) -> Setup:
     if data is None:
         cache = given.get("cache")
         data = open_data(given["data"], None if cache is None else Path(cache))
+    refuse_switches_of_others(given, method)
     config, more = resolve(given | {"mode": method.name}, method, data)
-    method.layer_names(config)  # raises ConfigError for layers that the network does not have
+    # both raise ConfigError: for layers that the network lacks, for images that it does not take
+    method.layer_names(config)
+    output_shapes(config.model, config.image_size)
     return Setup(config, method, data, warnings + more)
+
+
+def refuse_switches_of_others(given: Mapping[str, Any], method: type[Method]) -> None:
+    """Raises ConfigError for a switch that other methods have, and names them."""
+    own = {*Config.names(), *method.Options.names()}
+    for name in given:
+        having = [n for n, other in METHODS.items() if name in other.Options.names()]
+        if name not in own and having:
+            raise ConfigError(f"{name}: mode {method.name} has no such switch; it is of mode "
+                              f"{' | '.join(having)}")  # fmt: skip
 
 
 def default_data() -> str:

@@ -45,7 +45,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(RecordError, match="cannot write .*nowhere.*nothing was written"):
+    with pytest.raises(RecordError, match="cannot write .*nowhere.*it was not written"):
         files.write_json(tmp_path / "nowhere" / "a.json", {})
 
 

@@ -3,13 +3,15 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
-from domainshift import command, files
+from domainshift import command, files, methods
 from domainshift.command import parser, request, setups_of
 from domainshift.config import Config
 from domainshift.errors import ConfigError
@@ -169,3 +171,128 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, message, tmp_path, caps
     assert len(error.strip().splitlines()) == 1, error
     assert re.search(message, error), error
     assert not (tmp_path / "r").exists()
+
+
+# --- resuming what is not there, and what must stay whole ---
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished baseline of one epoch."""
+    folder = tmp_path_factory.mktemp("finished") / "r"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "curves", lambda *_: None)
+        assert command.main([*TINY, "--out", str(folder)]) == 0
+    return folder
+
+
+def copied(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("words", [["--target", "photo"], TINY, ["--config", "some.yaml"]])
+def test_a_mistyped_folder_starts_no_run(words, tmp_path, capsys):
+    assert command.main(["--resume", "--out", str(tmp_path / "typo"), *words]) == 2
+    assert re.search("holds no run to resume|config: not with --resume", capsys.readouterr().err)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(finished, tmp_path, capsys):
+    folder = copied(finished, tmp_path)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for words in (
+        ["--epochs", "9", "--step-fraction", "0.1"],
+        ["--mode", "da", "--target", "cartoon", "sketch"],
+        ["--seed", "1"],
+    ):
+        assert command.main(["--resume", "--out", str(folder), *words]) == 2, words
+    (folder / "checkpoint.pt").unlink()
+    assert command.main(["--resume", "--out", str(folder), "--target", "photo"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 4
+    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert after == {p: b for p, b in before.items() if p.name != "checkpoint.pt"}
+    assert command.main(["--resume", "--out", str(folder)]) == 0
+
+
+def test_runs_of_several_targets_are_resumed_from_their_common_folder(tmp_path, no_pictures):
+    folder = tmp_path / "r"
+    words = ["--mode", "da", "--layers", "4", "--target", "sketch", "photo", "--out", str(folder)]
+    assert command.main([*TINY, *words]) == 0
+    for target in ("sketch", "photo"):
+        names = {path.stem for path in (folder / target / "evaluations").glob("*.json")}
+        assert names == {f"{target}-bn-source", "art_painting-holdout-bn-source"}
+    (folder / "photo" / "training.json").unlink()
+    assert command.main(["--resume", "--out", str(folder)]) == 0
+    assert (folder / "photo" / "training.json").is_file()
+
+
+BROKEN = {
+    "checkpoint.pt": b"PK\x03\x04",
+    "training.json": b'{"version"',
+    "config.yaml": b"",
+    "metrics.jsonl": b"{}\n",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_one_line(name, finished, tmp_path, capsys):
+    folder = copied(finished, tmp_path)
+    if name in ("checkpoint.pt", "metrics.jsonl"):
+        (folder / "training.json").unlink()
+    (folder / name).write_bytes(BROKEN[name])
+    assert command.main(["--resume", "--out", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1 and name in error, error
+
+
+MINE = """
+from domainshift.methods import Method
+class Mine(Method):
+    name, title = "mine", "mine"
+    def {function}:
+        {body}
+"""
+FAULTS = [
+    ("loss(self, images, labels, target_images)", "return self.model(images).boo, 1", "line 6"),
+    ("loss(self, images, labels, target_images)", "return 3", "loss returned int"),
+    ("loss(self, images)", "return 3", "too many positional arguments"),
+    ("loss(self, images, labels, target_images)", "raise ZeroDivisionError('x')", "line 6: x"),
+]
+
+
+@pytest.fixture
+def registry():
+    """The methods as they are, again after the test."""
+    with mock.patch.dict(methods.METHODS), mock.patch.dict(methods._loaded):
+        yield
+
+
+@pytest.mark.parametrize(("function", "body", "message"), FAULTS)
+def test_a_faulty_method_is_one_line(function, body, message, tmp_path, capsys, registry):
+    path = tmp_path / "mine.py"
+    path.write_text(MINE.format(function=function, body=body))
+    words = ["--method-file", str(path), "--mode", "mine", "--out", str(tmp_path / "r")]
+    assert command.main([*TINY, *words]) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1 and message in error, error
+
+
+@pytest.mark.parametrize("text", ["data: 3", "method_file: 3", "tests: 3", "- a", "a: b: c"])
+def test_odd_files_of_switches(text, tmp_path, capsys):
+    (tmp_path / "odd.yaml").write_text(text)
+    words = [*TINY[2:], "--config", str(tmp_path / "odd.yaml"), "--out", str(tmp_path / "r")]
+    assert command.main(words) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_switch_of_another_method_names_the_methods(capsys):
+    assert command.main(["--layers", "4"]) == 2
+    assert "layers: mode baseline has no such switch; it is of mode random | da" in (
+        capsys.readouterr().err
+    )
+
+
+def test_an_image_size_that_the_network_refuses(tmp_path, capsys):
+    words = [*TINY, "--model", "vit_b_16", "--out", str(tmp_path / "r")]
+    assert command.main(words) == 2
+    assert "image_size: 32 is not allowed for model vit_b_16" in capsys.readouterr().err

@@ -33,14 +33,17 @@ from __future__ import annotations
 import hashlib
 import importlib.machinery
 import importlib.util
+import inspect
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, ModuleType
 
 from domainshift.config import Config, Switches, absolute
-from domainshift.errors import ConfigError
+from domainshift.errors import BadInput, ConfigError, Failure
 from domainshift.methods.adabn import AdaBN
 from domainshift.methods.base import Method, Prediction, Step, TargetOptions
 from domainshift.methods.dann import Dann
@@ -53,6 +56,7 @@ __all__ = [
     "Prediction",
     "Step",
     "TargetOptions",
+    "blamed",
     "load_method_file",
     "method_named",
     "method_of",
@@ -74,6 +78,10 @@ FUNCTIONS = (
     "loss", "update", "predict", "testing", "recalibrated", "fired", "density", "close",
     "state_dict", "load_state_dict", "check", "domains", "cost", "words",
 )  # fmt: skip
+# How many arguments they are called with, `self` among them.
+ARGUMENTS = {"loss": 4, "check": 2, "settle": 2, "domains": 1, "cost": 1, "words": 1}
+
+RESERVED = ("resume", "config", "help")  # words of the command line that are no switches
 
 
 def method_named(name: str) -> type[Method]:
@@ -181,6 +189,13 @@ def _check_method(method: type[Method]) -> None:
         raise ConfigError(
             f"name {method.name!r} is not allowed; allowed: a-z, 0-9 and - (it names folders)"
         )
+    if not isinstance(method.aliases, tuple):
+        raise ConfigError(f"aliases {method.aliases!r} is not allowed; allowed: a tuple of words")
+    for function, count in ARGUMENTS.items():
+        try:
+            inspect.signature(getattr(method, function)).bind(*range(count))
+        except TypeError as error:
+            raise ConfigError(f"{method.__name__}.{function}: {error}") from None
     for name in (method.name, *method.aliases):
         if any(name in (other.name, *other.aliases) for other in METHODS.values()):
             raise ConfigError(f"name {name!r} is that of an existing method; choose another")
@@ -190,10 +205,27 @@ def _check_method(method: type[Method]) -> None:
     if method.uses_target and not issubclass(options, TargetOptions):
         raise ConfigError("uses_target needs Options that derive from TargetOptions")
     for name in options.names():
-        if name in Config.names():
+        if name in (*Config.names(), *RESERVED):
             raise ConfigError(f"option {name!r} is a switch of every method; choose another name")
         if "role" not in (options.model_fields[name].json_schema_extra or {}):
             raise ConfigError(f"option {name!r} is not made by switch(default, help)")
+
+
+@contextmanager
+def blamed() -> Iterator[None]:
+    """Within it an error in the code of a method file is a ConfigError that names file and line."""
+    try:
+        yield
+    except (BadInput, Failure):
+        raise
+    except Exception as error:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if Path(frame.filename) in _loaded:
+                words = " ".join(str(error).split())
+                raise ConfigError(
+                    f"method_file: {frame.filename}: {type(error).__name__} on line {frame.lineno}: {words}"
+                ) from error
+        raise
 
 
 def _listing(names: list[str]) -> str:

@@ -250,7 +250,7 @@ class Method:
             last = part is parts[-1]
             with nullcontext() if last else distributed.unaveraged(self.training_pass):
                 with self.autocast():
-                    loss, logits = self.training_pass(x, y, t)
+                    loss, logits = self.checked(self.training_pass(x, y, t), x)
                 # every image of the batch counts alike, however unequal the parts; the mean over
                 # the processes, which backward takes, divides by their number
                 counted = len(x) if part.counts else 0
@@ -268,6 +268,16 @@ class Method:
         if not distributed.shares_batch_norm(self.device):
             distributed.average([t for n in self.norms() for t in (n.running_mean, n.running_var)])
         return Step(loss_sum, correct, whole)
+
+    def checked(self, result: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `loss` returned, if it is what it must be. Raises ConfigError."""
+        pair = result if isinstance(result, tuple) and len(result) == 2 else (None, None)
+        if not all(isinstance(t, Tensor) for t in pair) or pair[0].dim() or len(pair[1]) != len(x):
+            raise ConfigError(
+                f"mode {self.name}: loss returned {type(result).__name__}; allowed: a pair of the mean "
+                "loss, without dimensions, and the logits, one row per source image"
+            )
+        return pair
 
     def place(self, start: int, whole: int | None = None) -> None:
         """Tell random maps which images of a pass come next.

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from domainshift import files
-from domainshift.errors import BadInput, RecordError
+from domainshift.errors import BadInput
 from domainshift.report import audit, contents, dictionary, render
 from domainshift.report.comparisons import matchups
 from domainshift.report.study import read_study
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("the folder of a suite is needed")
     try:
         return audit_only(args.folder) if args.audit_only else report(args.folder, args.out)
-    except (BadInput, RecordError) as error:
+    except BadInput as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return BAD_INPUT
 

@@ -25,7 +25,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from domainshift import files
 from domainshift.config import pick_device
-from domainshift.errors import BadInput, RecordError, SuiteError
+from domainshift.errors import BadInput, SuiteError
 from domainshift.methods import load_method_file
 from domainshift.progress import Screen
 from domainshift.records.results import read_evaluation
@@ -355,9 +355,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"suite.py: error: {line}", file=sys.stderr)
         return BAD_INPUT
-    except RecordError as error:
-        print(f"suite.py: failed: {error}", file=sys.stderr)
-        return FAILED
     except KeyboardInterrupt:
         again = shlex.join(["python", "experiments/suite.py", *arguments])
         print(f"suite.py: interrupted; to continue: {again}", file=sys.stderr)

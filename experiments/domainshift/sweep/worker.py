@@ -36,6 +36,7 @@ import traceback  # noqa: E402
 
 from domainshift.config import Test  # noqa: E402
 from domainshift.errors import BadInput, Failure  # noqa: E402
+from domainshift.methods import blamed  # noqa: E402
 from domainshift.progress import Screen  # noqa: E402
 from domainshift.setup import set_up  # noqa: E402
 from domainshift.training.run import execute  # noqa: E402
@@ -54,7 +55,9 @@ def serve() -> None:
         try:
             tests = [Test.model_validate(test) for test in job["tests"]]
             folder, screen = Path(job["folder"]), Screen()
-            execute(set_up(job["values"]), tests=tests, folder=folder, resume=True, screen=screen)
+            with blamed():
+                setup = set_up(job["values"])
+                execute(setup, tests=tests, folder=folder, resume=True, screen=screen)
         except (BadInput, Failure) as error:
             print(f"error: {error}", file=sys.stderr)
             status = BAD_INPUT if isinstance(error, BadInput) else FAILED

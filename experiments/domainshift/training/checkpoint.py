@@ -70,7 +70,7 @@ def check_growth(
                 raise ConfigError(
                     f"epochs: {new} in place of {old} is not allowed: the learning rate drops every "
                     f"{now} epochs in place of every {before}, and {done} are trained, so that of "
-                    f"epoch {epoch} would have been another; allowed up to epoch {min(before, now)}"
+                    f"epoch {epoch} would have been another; allowed while no more than {min(before, now)} are trained"
                 )
     if method.uses_progress:
         raise ConfigError(
@@ -105,27 +105,29 @@ def read(path: Path) -> dict[str, Any]:
         raise RecordError(f"cannot read checkpoint {path}: {reason}") from error
 
 
+def check(state: Any, path: Path, method: Method, own: Mapping[str, Any]) -> None:
+    """Raises BadInput unless `method` can go on from a checkpoint's state."""
+    try:
+        saved, epochs = state["origin"], state["origin"]["switches"]["epochs"]
+        state["epoch"], state["schedule"]["step_size"]
+    except (TypeError, KeyError) as error:
+        raise RecordError(f"cannot read checkpoint {path}: it has no entry {error}") from error
+    check_origin(saved, own, path)
+    check_growth(epochs, own["switches"]["epochs"], state, method)
+
+
 def resume(path: Path, method: Method, own: Mapping[str, Any]) -> int:
     """Set a method and the random streams to the state in a checkpoint. Returns its epoch.
 
     Raises ConfigError for a checkpoint of another training, or one that cannot grow so long.
     """
     state = read(path)
-    try:
-        saved, epoch, schedule = state["origin"], state["epoch"], state["schedule"]
-    except (TypeError, KeyError) as error:
-        raise RecordError(f"cannot read checkpoint {path}: it has no entry {error}") from error
-    check_origin(saved, own, path)
-    check_growth(saved["switches"]["epochs"], own["switches"]["epochs"], state, method)
+    check(state, path, method, own)
+    epoch, schedule = state["epoch"], state["schedule"]
     before, now = schedule["step_size"], method.schedule.step_size
     method.load_state_dict(state | {"schedule": schedule | {"step_size": now}})
     if before != now:
         set_rates(method, drops=epoch // now)
-    for parameter, moments in method.optimizer.state.items():
-        if moments.get("momentum_buffer") is not None:  # its strides are those of the saving run
-            moments["momentum_buffer"] = torch.empty_like(parameter).copy_(
-                moments["momentum_buffer"]
-            )
     torch.set_rng_state(state["cpu_rng"])
     if method.device.type == "cuda" and "cuda_rng" in state:
         torch.cuda.set_rng_state(state["cuda_rng"], method.device)

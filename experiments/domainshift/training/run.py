@@ -70,6 +70,7 @@ def execute(
             domains_of(shared, tests)
     with distributed.together():
         experiment = build(shared, tests, training, folder)
+        check_checkpoint(shared, experiment.method, training, folder)
     announce(setup, experiment, missing, training, screen)
     with ExitStack() as stack:
         with distributed.together():
@@ -80,9 +81,6 @@ def execute(
             last: dict[Test, Predictions] = {}  # of the last epoch
             if fresh := training is None:
                 training = trained(shared, experiment, tests, last, folder, screen)
-            else:
-                digest = training.record.weights_digest
-                checkpoint.load_weights(folder / CHECKPOINT, method, digest)
             others = [test for test in missing if test not in last]
             epoch = training.record.epochs
             later = evaluate_all(method, others, experiment.sets, epoch, screen)
@@ -217,6 +215,20 @@ def write_config(
         files.write_yaml(folder / CONFIG, values)
 
 
+def check_checkpoint(
+    shared: Setup, method: Method, training: Training | None, folder: Path
+) -> None:
+    """Give a network the weights of a finished training, or see that an unfinished one can go on.
+
+    Raises BadInput, before anything in the folder is changed.
+    """
+    path = folder / CHECKPOINT
+    if training is not None:
+        checkpoint.load_weights(path, method, training.record.weights_digest)
+    elif path.exists():
+        checkpoint.check(checkpoint.read(path), path, method, origin(shared))
+
+
 # --- building ---------------------------------------------------------------------------------
 
 
@@ -323,7 +335,7 @@ def announce(
     epochs, updates = config.length(len(images.source_indices))
     layers = ", ".join(experiment.method.layers) or "none"
     screen.say(
-        f"{what}, {epochs} epochs ({updates} updates) on {config.device}, autocast {config.amp}, shaped "
+        f"{what}, epochs: {epochs}, updates: {updates}, on {config.device}, autocast {config.amp}, shaped "
         f"layers: {layers}; tests: {names}"
     )
 

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from domainshift import files
-from domainshift.errors import Failure
-from domainshift.records.schema import CHECKPOINT, METRICS, SUMMARY, TRAINING
+from domainshift.errors import RecordError
+from domainshift.records.schema import CHECKPOINT, CONFIG, METRICS, SUMMARY, TRAINING
 from domainshift.records.validate import check
 from domainshift.training import checkpoint, loop
 from tiny_runs import SHAPED, TINY, assert_same_training, rows_of, run, words_of
@@ -92,8 +93,11 @@ def start(folder, *, limits=None, **more):
     """A run as a process of its own."""
     program = "import sys; from domainshift.command import main; sys.exit(main())"
     switches = TINY | SHAPED["random"] | {"out": folder} | more
-    command = [sys.executable, "-c", program, "--resume", *words_of(switches)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    resume = ["--resume"] if (folder / CONFIG).exists() else []
+    command = [sys.executable, "-c", program, *resume, *words_of(switches)]
+    # as many threads as the uninterrupted run, which this process made: they decide the order of sums
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | threads
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -159,7 +163,7 @@ def test_full_disk(stopped, whole):
 
     process = start(stopped, limits=small_files)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert "Traceback" not in error
     assert "checkpoint.pt: File too large; the old one is untouched" in error
     assert (stopped / CHECKPOINT).read_bytes() == before
@@ -178,7 +182,9 @@ def test_a_row_without_its_checkpoint_is_dropped(stopped, whole):
 
 def test_a_missing_row_is_refused(stopped):
     (stopped / METRICS).write_text("")
-    with pytest.raises(Failure, match="metrics.jsonl does not have the 1 epochs of checkpoint.pt"):
+    with pytest.raises(
+        RecordError, match="metrics.jsonl does not have the 1 epochs of checkpoint.pt"
+    ):
         run(stopped, resume=True, **SHAPED["random"])
 
 
