@@ -9,10 +9,11 @@ from domainshift.config import REPOSITORY
 from domainshift.report import published
 from domainshift.setup import set_up, training_key
 from domainshift.sweep.estimate import work_of
-from domainshift.sweep.schema import known_suites
+from domainshift.sweep.plan import expand
+from domainshift.sweep.schema import known_suites, read_suite
 from paper_data import DATA, arms, cells, plan_of, switches, table_of
 
-SUITES = sorted(known_suites())
+SUITES = ["controls", "report-a", "report-b", "study"]  # on PACS, in two sizes
 
 COUNTS = {  # evaluations and trainings
     ("report-b", "full"): (475, 445),
@@ -27,7 +28,13 @@ COUNTS = {  # evaluations and trainings
 
 
 def test_the_suites():
-    assert SUITES == ["controls", "report-a", "report-b", "study"]
+    assert sorted(known_suites()) == [*SUITES, "toy"]
+
+
+def test_the_suite_of_the_toy():
+    """Its arms share trainings as their methods allow: two of them are one training, da is one a target."""
+    plan = expand(read_suite("toy").in_profile("full"), {}, "cpu")
+    assert (len(plan.evaluations(plan.jobs)), len(plan.jobs)) == (60, 25)
 
 
 @pytest.mark.parametrize("name, profile", COUNTS)
