@@ -244,7 +244,8 @@ class Config(Switches):
     )
     evaluate: Annotated[Text, BeforeValidator(lambda v: str(v) if type(v) is int else v)] = switch(
         "last",
-        "when to test: after the last epoch, after each, or after every N-th and the last",
+        "when to test: after the last epoch, after each, or after every N-th and the last; before the "
+        "last, targets are tested with --bn-at-test alone",
         role="testing",
         group="testing",
         allowed="last | each | a whole number from 1",

@@ -10,6 +10,7 @@ It has no argument through which a label of the target could come.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -38,6 +39,7 @@ class Step(NamedTuple):
     loss_sum: Tensor  # float64, sum of the losses of this process's images
     correct: Tensor  # int64, those of them that were classified right while training
     images: int  # in all processes
+    skipped: Tensor  # bool, whether a float16 gradient was not finite, so that no weight moved
 
 
 class Prediction(NamedTuple):
@@ -261,13 +263,22 @@ class Method:
                 correct += (logits.detach().argmax(1) == y).sum()
             self.passes += 1
             self.share = counted / part.whole
+        skipped = self.overflown()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.config.updates is not None:
             self.schedule.step()
         if not distributed.shares_batch_norm(self.device):
             distributed.average([t for n in self.norms() for t in (n.running_mean, n.running_var)])
-        return Step(loss_sum, correct, whole)
+        return Step(loss_sum, correct, whole, skipped)
+
+    def overflown(self) -> Tensor:
+        """Whether the scaler will skip the next step: bool, on the device."""
+        if not self.scaler.is_enabled():
+            return torch.zeros((), dtype=torch.bool, device=self.device)
+        groups = (group["params"] for group in self.optimizer.param_groups)
+        grads = [p.grad for params in groups for p in params if p.grad is not None]
+        return ~torch.nn.utils.get_total_norm(grads, math.inf).isfinite()
 
     def checked(self, result: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """What `loss` returned, if it is what it must be. Raises ConfigError."""

@@ -47,6 +47,7 @@ class Predictions:
     logits: float16 (n, classes)
     features: float16 (n, d), the input of the classifier
     loss: mean cross-entropy, of the unrounded logits
+    batch_loss: the same in the unit of the published reports (see `domainshift.records.schema`)
     seconds: that the test took
     """
 
@@ -55,6 +56,7 @@ class Predictions:
     logits: np.ndarray
     features: np.ndarray
     loss: float
+    batch_loss: float
     seconds: float
 
 
@@ -109,10 +111,24 @@ def versions(device: str) -> Versions:
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
         "backend": fastshape.backend_info()[kind],
-        "device": torch.cuda.get_device_name(device) if kind == "cuda" else "cpu",
+        "device": device_name(kind),
+        "threads": torch.get_num_threads() if kind == "cpu" else None,
         "processes": distributed.size(),
         "commit": commit(),
     }
+
+
+@functools.cache
+def device_name(kind: str) -> str:
+    """The GPU ("cuda") or the processor ("cpu") that computes, as it calls itself."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "a CPU"
 
 
 @functools.cache
@@ -152,7 +168,6 @@ def training_record(
     weights: Weights,
     weights_digest: str,
     warnings: Sequence[str],
-    version_of: Versions | None = None,
 ) -> TrainingRecord:
     """The sealed record of a finished training.
 
@@ -164,7 +179,6 @@ def training_record(
         weights: the initial ones.
         weights_digest: of the trained ones.
         warnings: what a reader must know.
-        version_of: what computed it; default: this process.
     """
     config, method, data, _ = training_setup(setup)
     seconds = sum(row.train_seconds for row in rows)
@@ -177,6 +191,7 @@ def training_record(
     record = TrainingRecord(
         version=VERSION,
         key=training_key(setup),
+        run=last.run,
         mode=method.name,
         source=config.source,
         targets=targets_of_training(training_setup(setup)),
@@ -190,6 +205,7 @@ def training_record(
         layers=list(layers),
         epochs=len(rows),
         updates=sum(row.updates for row in rows),
+        skipped=sum(row.skipped for row in rows),
         passes=sum(row.passes for row in rows),
         train_loss=last.train_loss,
         source_train_accuracy=percent(last.source_train_correct, last.source_train_total),
@@ -200,7 +216,7 @@ def training_record(
         images_per_second=images / seconds,
         weights=WeightsRecord(source=weights.source, sha256=weights.sha256),
         weights_digest=weights_digest,
-        versions=version_of or versions(config.device),
+        versions=last.versions,
         warnings=list(warnings),
     )
     return record.model_copy(update={"seal": seal(record, rows)})
@@ -246,6 +262,7 @@ def evaluation_record(
         confusion=confusion,
         **figures(confusion, training.classes),
         loss=p.loss,
+        batch_loss=p.batch_loss,
         predictions=sums[0],
         features=sums[1],
         seconds=p.seconds,
@@ -418,7 +435,7 @@ def summary(result: Result) -> dict[str, Any]:
         "bn_at_test": test.bn,
         **{
             f"target_{name}": getattr(test, name)
-            for name in ("correct", "total", "accuracy", "loss")
+            for name in ("correct", "total", "accuracy", "loss", "batch_loss")
         },
         **{
             name: getattr(test, name)

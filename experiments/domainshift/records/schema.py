@@ -12,6 +12,9 @@
 A training is known by its key, the hash of everything that decides its weights. An evaluation names
 the key of its training and the digest of the weights that it tested.
 
+A run draws an identity when it starts. Its epochs and its record carry it, so that the parts of two
+runs cannot pass for one.
+
 A seal is a hash over a record and the files that it summarizes. It shows that a file was edited, cut
 or exchanged. It is no signature: whoever runs this code can seal anything.
 """
@@ -24,11 +27,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from domainshift.config import Test
 
-VERSION = 3  # of the records; raised when a reader of older ones would err
+VERSION = 4  # of the records; raised when a reader of older ones would err
 
 CONFIG, METRICS, CHECKPOINT = "config.yaml", "metrics.jsonl", "checkpoint.pt"
 TRAINING, EVALUATIONS, SUMMARY = "training.json", "evaluations", "summary.json"
 SUITE, FAILURE = "suite.json", "failure.json"  # of a suite: its plan; how a training of it failed
+
+
+BATCH_LOSS = (
+    "sum of the mean losses of batches of batch_size images, over the number of images: the unit of "
+    "the published reports"
+)
+SKIPPED = "of these steps, those that moved no weight because a float16 gradient was not finite"
+Versions = dict[str, str | int | None]
 
 
 class Record(BaseModel):
@@ -43,6 +54,7 @@ class Count(Record):
     correct: int = Field(description="images classified right")
     total: int = Field(description="images tested")
     loss: float = Field(description="mean cross-entropy")
+    batch_loss: float = Field(description=BATCH_LOSS)
 
 
 class Row(Record):
@@ -55,13 +67,16 @@ class Row(Record):
     lr: float = Field(description="learning rate at the start of the epoch")
     train_seconds: float = Field(description="seconds of training, tests left out")
     seconds: float = Field(description="seconds of the whole epoch")
-    updates: int = Field(description="optimizer steps")
+    updates: int = Field(description="optimizer steps, skipped ones included")
+    skipped: int = Field(description=SKIPPED)
     passes: int = Field(description="training passes; accumulation makes several per update")
     fired: dict[str, int] = Field(description="how often each shaped layer was shaped in training")
     density: dict[str, float] = Field(description="share of ones in each layer's last map")
     bn_untouched: bool | None = Field(
         description="whether images of other domains left BatchNorm's statistics alone; null: none came"
     )
+    run: str = Field(description="identity of the run that the epoch belongs to")
+    versions: Versions = Field(description="what computed the epoch")
     tests: dict[str, Count] = Field(description="tests after this epoch, by name; often none")
 
 
@@ -79,14 +94,14 @@ class WeightsRecord(Record):
     sha256: str | None = Field(description="of the file; null for none")
 
 
-Versions = dict[str, str | int | None]
-
-
 class TrainingRecord(Record):
     """training.json: what was trained, on what, by which code, and how it went."""
 
     version: int = Field(description="of this schema")
     key: str = Field(description="hash of everything that decides the weights; evaluations name it")
+    run: str = Field(
+        description="identity of the run, drawn when it started; its epochs have it too"
+    )
     mode: str = Field(description="the method")
     source: str = Field(description="labelled domain")
     targets: list[str] = Field(description="domains whose unlabelled images training saw")
@@ -99,7 +114,8 @@ class TrainingRecord(Record):
     places: dict[str, Any] = Field(description="switches that decide where and how it was computed")
     layers: list[str] = Field(description="names of the shaped modules")
     epochs: int = Field(description="passes over the source; the last one may be cut short")
-    updates: int = Field(description="optimizer steps")
+    updates: int = Field(description="optimizer steps, skipped ones included")
+    skipped: int = Field(description=SKIPPED)
     passes: int = Field(description="training passes; accumulation makes several per update")
     train_loss: float = Field(description="of the last epoch")
     source_train_accuracy: float = Field(description="percent, of the last epoch, while training")
@@ -112,7 +128,7 @@ class TrainingRecord(Record):
     images_per_second: float = Field(description="of training")
     weights: WeightsRecord = Field(description="initial weights")
     weights_digest: str = Field(description="hash of the trained weights; evaluations name it")
-    versions: Versions = Field(description="what computed the run, or the last part of it")
+    versions: Versions = Field(description="what computed the last epoch")
     warnings: list[str] = Field(description="what a reader must know")
     seal: str = Field("", description="hash of this record and of metrics.jsonl")
 
@@ -149,6 +165,7 @@ class EvaluationRecord(Record):
     collapsed: bool = Field(description="whether every prediction is one class")
     collapsed_to: str | None = Field(description="that class")
     loss: float = Field(description="mean cross-entropy")
+    batch_loss: float = Field(description=BATCH_LOSS)
     predictions: str = Field(description="sha256 of NAME.npz: labels, predicted, logits (float16)")
     features: str = Field(description="sha256 of NAME-features.npz: pooled features (float16)")
     seconds: float = Field(description="of the test")

@@ -211,6 +211,7 @@ def derived_faults(training: TrainingRecord, rows: Sequence[Row]) -> Iterator[Fa
         "seed": training.switches["seed"],
         "epochs": len(rows),
         "updates": sum(row.updates for row in rows),
+        "skipped": sum(row.skipped for row in rows),
         "passes": sum(row.passes for row in rows),
         "train_loss": last.train_loss,
         "source_train_accuracy": percent(last.source_train_correct, last.source_train_total),
@@ -218,6 +219,7 @@ def derived_faults(training: TrainingRecord, rows: Sequence[Row]) -> Iterator[Fa
         "density": last.density,
         "bn_untouched": None if None in untouched else all(untouched),
         "seconds": seconds,
+        "versions": last.versions,
         "images_per_second": sum(row.source_train_total for row in rows) / seconds,
     }
     for name, right in expected.items():
@@ -252,6 +254,12 @@ def row_faults(training: TrainingRecord, config: Config, rows: Sequence[Row]) ->
                     rule,
                     f"metrics.jsonl, epoch {number}: {name} is {getattr(row, name)!r}, not {right!r}",
                 )
+        if row.run != training.run:
+            yield (
+                "record",
+                f"metrics.jsonl, epoch {number} is of run {row.run[:8]}, training.json of run "
+                f"{training.run[:8]}",
+            )
         if set(row.fired) != set(training.layers):
             yield (
                 "hooks",

@@ -22,7 +22,7 @@ from domainshift.methods.base import FORWARD
 from domainshift.records.results import read_rows
 from domainshift.setup import Setup
 from domainshift.sweep.plan import Job
-from domainshift.training.evaluation import statistics_of
+from domainshift.training.evaluation import between_epochs, statistics_of
 
 RATES = "rates.json"
 PIXELS = 224
@@ -54,16 +54,21 @@ def work_of(setup: Setup, tests: Sequence[Test]) -> Work:
     epochs, updates = config.length(trained)
     images = updates * config.batch_size if config.updates is not None else epochs * trained
     sizes = {"holdout": held_out, "train": trained}
-    forward = 0
-    for statistics, group in groupby(sorted(tests, key=statistics_of), key=statistics_of):
-        for number, test in enumerate(group):
-            size = sizes.get(test.images) or sum(data.counts(test.domain, config.limit))
-            forward += size
-            if number == 0 and statistics[1] != "trained":  # BatchNorm is measured first
-                forward += trained if statistics[1] == "source" else size
-    times = sum(config.tests_after(epoch, epochs) for epoch in range(1, epochs + 1))
+
+    def forward(tests: Sequence[Test]) -> int:
+        images = 0
+        for statistics, group in groupby(sorted(tests, key=statistics_of), key=statistics_of):
+            for number, test in enumerate(group):
+                size = sizes.get(test.images) or sum(data.counts(test.domain, config.limit))
+                images += size
+                if number == 0 and statistics[1] != "trained":  # BatchNorm is measured first
+                    images += trained if statistics[1] == "source" else size
+        return images
+
+    between = sum(config.tests_after(epoch, epochs) for epoch in range(1, epochs))
+    tested = forward(tests) + (between and between * forward(between_epochs(tests, config)))
     scale = (config.image_size / PIXELS) ** 2
-    return Work(images * method.cost(config) * scale, times * forward * scale)
+    return Work(images * method.cost(config) * scale, tested * scale)
 
 
 # --- rates ------------------------------------------------------------------------------------

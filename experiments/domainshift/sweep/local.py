@@ -17,8 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import torch
-
+from domainshift.records.results import device_name
 from domainshift.sweep.state import LOG
 from domainshift.sweep.worker import PARENT
 
@@ -192,15 +191,3 @@ class Local:
         for worker in self.workers:
             worker.stop()
         self.selector.close()
-
-
-def device_name(device: str) -> str:
-    """The processor or GPU that measured times belong to."""
-    if device == "cuda":
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "a GPU"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "a CPU"

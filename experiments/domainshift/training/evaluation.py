@@ -101,6 +101,15 @@ def statistics_of(test: Test) -> tuple[str, str, str]:
     return test.at_eval, test.bn, own
 
 
+def between_epochs(tests: Sequence[Test], config: Config) -> list[Test]:
+    """The tests to make before the last epoch: those of a target measure BatchNorm as the run does.
+
+    Several arms of a suite can share a training. To measure BatchNorm for each of their tests would
+    take longer than the training.
+    """
+    return [test for test in tests if test.images != "all" or test.bn == config.bn_at_test]
+
+
 @contextmanager
 def measured(method: Method, test: Test, sets: TestSets, epoch: int) -> Iterator[None]:
     """Within it BatchNorm has the statistics that a test asks for."""
@@ -181,13 +190,15 @@ def predictions_of(method: Method, test: Test, sets: TestSets, screen: Screen) -
             advance(part.whole)
     logits, features = (distributed.summed(t).cpu() for t in (logits, features))
     labels = np.asarray(domain.labels[np.asarray(indices)])
-    loss = F.cross_entropy(logits.double(), torch.from_numpy(labels)).item()
+    losses = F.cross_entropy(logits.double(), torch.from_numpy(labels), reduction="none")
+    batches = losses.split(sets.config.batch_size)
     return Predictions(
         labels=labels.astype(np.int16),
         predicted=logits.argmax(1).numpy().astype(np.int16),
         logits=logits.half().numpy(),
         features=features.numpy(),
-        loss=loss,
+        loss=losses.mean().item(),
+        batch_loss=torch.stack([batch.mean() for batch in batches]).sum().item() / n,
         seconds=time.perf_counter() - start,
     )
 
@@ -198,4 +209,5 @@ def count_of(predictions: Predictions) -> Count:
         correct=int((predictions.labels == predictions.predicted).sum()),
         total=len(predictions.labels),
         loss=predictions.loss,
+        batch_loss=predictions.batch_loss,
     )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from domainshift.data.pairing import epoch_order
 from domainshift.errors import ConfigError, RecordError, ShapingError, TrainingError
 from domainshift.methods import Method
 from domainshift.progress import Screen
+from domainshift.records import results
 from domainshift.records.results import percent
 from domainshift.records.schema import CHECKPOINT, METRICS, Count, Row
 from domainshift.records.validate import batch_sizes
@@ -155,6 +157,7 @@ def train_epoch(
     sizes = sizes[: total - before]
     loss_sum = torch.zeros((), dtype=torch.float64, device=method.device)
     correct = torch.zeros((), dtype=torch.int64, device=method.device)
+    skipped = correct.clone()
     method.bn_moved = None
     fired_before, passes_before = method.fired(), method.passes
     lr = method.optimizer.param_groups[0]["lr"]
@@ -168,11 +171,12 @@ def train_epoch(
             # tensors are added, not read, so that no step waits for a GPU
             loss_sum += step.loss_sum
             correct += step.correct
+            skipped += step.skipped
             advance(whole)
     moved = correct.new_full((), -1) if method.bn_moved is None else method.bn_moved
     # the one time in an epoch that the host waits for the device
-    sums = distributed.summed(torch.stack([loss_sum, correct.double(), moved.double()]))
-    loss, hits, moves = sums.tolist()
+    sums = torch.stack([loss_sum, correct.double(), moved.double(), skipped.double()])
+    loss, hits, moves, skips = distributed.summed(sums).tolist()
     seconds = time.perf_counter() - start
     if config.updates is None:
         method.schedule.step()
@@ -192,6 +196,7 @@ def train_epoch(
         "lr": lr,
         "train_seconds": seconds,
         "updates": len(sizes),
+        "skipped": round(skips / distributed.size()),
         "passes": passes,
         "fired": fired,
         "density": shared_density(method),
@@ -254,6 +259,7 @@ def train(
     with distributed.together():
         done = checkpoint.resume(path, method, origin) if path.exists() else 0
         rows = rows_until(folder, done)
+    identity, versions = rows[0].run if rows else uuid4().hex, results.versions(config.device)
     with distributed.together():
         if distributed.summed(torch.tensor(done)) != done * distributed.size():
             raise RecordError(
@@ -268,7 +274,8 @@ def train(
         values = train_epoch(method, images, config, epoch, screen)
         tests = dict(test(epoch)) if config.tests_after(epoch, epochs) else {}
         seconds = time.perf_counter() - start
-        row = Row(epoch=epoch, seconds=seconds, tests=tests, **values)
+        values |= {"seconds": seconds, "tests": tests, "run": identity, "versions": versions}
+        row = Row(epoch=epoch, **values)
         with distributed.together():
             if distributed.rank() == 0:
                 files.append_json_line(folder / METRICS, row.model_dump(mode="json"))

@@ -33,7 +33,7 @@ from domainshift.records.validate import check, evaluation_faults, read_result
 from domainshift.setup import Setup, origin, targets_of_training, training_key, training_setup
 from domainshift.training import checkpoint
 from domainshift.training.curve_log import curve_log
-from domainshift.training.evaluation import TestSets, count_of, evaluate_all
+from domainshift.training.evaluation import TestSets, between_epochs, count_of, evaluate_all
 from domainshift.training.loop import TrainingImages, train
 
 CURVES, MAPS = "curves.png", "maps.png"
@@ -369,14 +369,16 @@ def trained(
     screen: Screen,
 ) -> Training:
     """Train, write the record, and leave the predictions of the last epoch's tests in `last`."""
-    method = experiment.method
+    method, config = experiment.method, shared.config
+    epochs, _ = config.length(len(experiment.images.source_indices))
 
     def test(epoch: int) -> dict[str, Count]:
+        wanted = tests if epoch == epochs else between_epochs(tests, config)
         last.clear()
-        last.update(evaluate_all(method, tests, experiment.sets, epoch, screen))
+        last.update(evaluate_all(method, wanted, experiment.sets, epoch, screen))
         return {test.name: count_of(predictions) for test, predictions in last.items()}
 
-    config, parts = shared.config, origin(shared)
+    parts = origin(shared)
     rows = train(method, experiment.images, config, folder, parts, test, screen, experiment.log)
     record = results.training_record(
         shared,

@@ -318,3 +318,20 @@ def test_a_method_without_shaping_has_no_shaped_test(mode):
     with pytest.raises(ConfigError, match=f"at_eval: 'on' is not for mode {mode}; allowed: off$"):
         with method.testing(Test(domain="sketch", at_eval="on")):
             pass
+
+
+# --- float16 ---
+
+
+def test_an_update_whose_float16_gradient_overflows_is_counted_and_moves_nothing():
+    method = method_with(net(), amp="float16")
+    before = weights(method)
+    method.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    step = method.update(*batch_for(method))
+    assert bool(step.skipped)
+    moved = [name for name, t in zip(method.model.state_dict(), before, strict=True)
+             if not torch.equal(t, method.model.state_dict()[name])]  # fmt: skip
+    assert not any(name.endswith(("weight", "bias")) for name in moved)
+    method.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    assert not bool(method.update(*batch_for(method)).skipped)
+    assert not bool(method_with(net()).update(*batch_for(method)).skipped)  # without a scaler

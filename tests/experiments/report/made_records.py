@@ -118,7 +118,9 @@ def made_predictions(confusion: tuple[tuple[int, ...], ...]) -> Predictions:
         for index in np.indices(counts.shape)
     )
     logits = np.eye(len(counts), dtype=np.float16)[predicted]
-    return Predictions(labels, predicted, logits, logits[:, :1], loss=1.5, seconds=0.5)
+    return Predictions(
+        labels, predicted, logits, logits[:, :1], loss=1.5, batch_loss=0.012, seconds=0.5
+    )
 
 
 def write_run(
@@ -178,13 +180,16 @@ def write_run(
         rows.append({
             "epoch": epoch, "train_loss": 2.0 / epoch, "lr": config.lr,
             "source_train_correct": round(seen * 0.9), "source_train_total": seen,
-            "train_seconds": 1.0, "seconds": 2.0, "updates": len(sizes), "passes": passes,
+            "train_seconds": 1.0, "seconds": 2.0, "updates": len(sizes), "skipped": 0, "passes": passes,
+            "run": folder.name, "versions": results.versions(config.device),
             # a block of ResNet-18 calls its one ReLU twice
             "fired": {name: passes * (2 if name.endswith(".relu") else 1) for name in layers},
             "density": dict.fromkeys(layers, 1 - p_zero[0]),
             "bn_untouched": method.statistics_untouched(config),
             "tests": {
-                test.name: Count(correct=correct_of(c), total=sum(map(sum, c)), loss=1.0)
+                test.name: Count(
+                    correct=correct_of(c), total=sum(map(sum, c)), loss=1.5, batch_loss=0.012
+                )
                 for test in tests for c in [tested(test, epoch)]
             } if config.tests_after(epoch, epochs) and config.evaluate != "last" else {},
         })  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from domainshift import files
 from domainshift.models import output_shapes
+from domainshift.records import results
 from domainshift.records.schema import EVALUATIONS, METRICS
 from domainshift.report import audit, command
 from domainshift.report.comparisons import matchups
@@ -219,6 +220,8 @@ def test_a_module_that_is_called_twice_is_shaped_twice(tmp_path):
 def other_machine(training, rows, tests):
     training["weights"]["sha256"] = "cd" * 32
     training["versions"] |= {"commit": "c0ffee", "device": "another"}
+    for row in rows:
+        row["versions"] = training["versions"]
 
 
 def test_an_arm_whose_runs_differ(folder):
@@ -260,7 +263,7 @@ def test_a_stated_batch_size_does_not_excuse_unequal_updates(tmp_path):
 def test_other_weights_and_other_versions(folder):
     def other(training, rows, tests):
         training["weights"]["sha256"] = "cd" * 32
-        training["versions"]["torch"] = "9.9"
+        training["versions"]["torch"] = rows[-1]["versions"]["torch"] = "9.9"
 
     for target in ("cartoon", "sketch"):
         for seed in range(3):
@@ -285,8 +288,9 @@ def test_other_weights_of_one_run_alone(folder):
         f"{first.name}/cartoon and {run.name}/sketch: weights sha256 {before} -> {'cd' * 6}"
     )
     notes = {(r.rule, r.what) for r in result.remarks if not r.fails}
-    assert ("code", "device cpu -> another (in 1 of 6 pairs of results)") in notes
-    assert ("arms", "device cpu in 5, another in 1 of 6 results") in notes
+    own = results.device_name("cpu")
+    assert ("code", f"device {own} -> another (in 1 of 6 pairs of results)") in notes
+    assert ("arms", f"device {own} in 5, another in 1 of 6 results") in notes
 
 
 def test_one_seed_of_every_arm_with_other_weights(folder, capsys):
@@ -299,7 +303,8 @@ def test_one_seed_of_every_arm_with_other_weights(folder, capsys):
     assert failed(result) == {"arms"}
     assert {r.where for r in result.failures} == {"baseline", "random", "da"}
     assert command.main([str(folder), "--audit-only"]) == 1
-    assert "note: random: device cpu in 4, another in 2 of 6 results" in capsys.readouterr().out
+    own = results.device_name("cpu")
+    assert f"note: random: device {own} in 4, another in 2 of 6" in capsys.readouterr().out
 
 
 def exchange_images(folder, monkeypatch, those):

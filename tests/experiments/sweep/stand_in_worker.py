@@ -68,7 +68,7 @@ tables:
 
 ROW = {
     "epoch": 1, "train_loss": 1.0, "source_train_correct": 1, "source_train_total": 2, "lr": 0.1,
-    "train_seconds": 60.0, "seconds": 90.0, "updates": 1, "passes": 1, "fired": {}, "density": {},
+    "train_seconds": 60.0, "seconds": 90.0, "updates": 1, "skipped": 0, "passes": 1, "run": "a run", "versions": {}, "fired": {}, "density": {},
     "bn_untouched": None, "tests": {},
 }  # fmt: skip
 CONFUSION = [[1, 1, 0, 0, 0, 0, 0], *[[0] * 7] * 6]  # 1 of 2
@@ -122,8 +122,14 @@ class Stand:
                 "version": VERSION,
             }
             values |= {"weights_digest": job.name, "epoch": 1, "digest": "", "counts": []}
-            values |= {"classes": DATA.classes, "confusion": CONFUSION, "loss": 1.0, "versions": {}}
-            values |= {"predictions": "", "features": "", "seconds": 1.0}
+            values |= {"classes": DATA.classes, "confusion": CONFUSION, "versions": {}}
+            values |= {
+                "loss": 1.0,
+                "batch_loss": 0.1,
+                "predictions": "",
+                "features": "",
+                "seconds": 1.0,
+            }
             values |= figures(CONFUSION, DATA.classes)
             write(place / EVALUATIONS / f"{test.name}.json", values)
             (place / EVALUATIONS / f"{test.name}.npz").touch()

@@ -17,8 +17,11 @@ from small_suites import small
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "suite: a name is needed; there are controls, report-a, report-b, study, toy"),
-        (["nothing"], "no suite 'nothing'; there are controls, report-a, report-b, study, toy, or"),
+        ([], "suite: a name is needed; there are answer, controls, report-a, report-b, study, toy"),
+        (
+            ["nothing"],
+            "no suite 'nothing'; there are answer, controls, report-a, report-b, study, toy, or",
+        ),
         (["no/such.yaml"], "cannot read no/such.yaml"),
         (["study", "--profile", "huge"], "profile: 'huge' is not allowed; allowed: full | mini"),
         (["study", "--only", "x*"], "--only: no table, arm or training matches 'x*'"),

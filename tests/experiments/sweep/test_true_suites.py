@@ -22,7 +22,7 @@ from domainshift.sweep.state import lock
 from small_suites import SMALL, small
 
 EXPERIMENTS = Path(files.__file__).parents[1]
-TIMES = {"seconds", "train_seconds", "images_per_second", "versions", "seal"}
+TIMES = {"seconds", "train_seconds", "images_per_second", "run", "versions", "seal"}
 
 TRUE = SMALL | {
     "defaults": {

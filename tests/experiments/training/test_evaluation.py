@@ -56,8 +56,13 @@ def test_every_image_is_predicted_once_in_the_order_of_the_data(tmp_path, monkey
     assert predictions.predicted.tolist() == logits.argmax(1).tolist()
     assert predictions.logits.dtype == predictions.features.dtype == np.float16
     np.testing.assert_array_equal(predictions.logits, logits.half().numpy())
-    loss = F.cross_entropy(logits.double(), torch.from_numpy(domain.labels))
-    assert predictions.loss == pytest.approx(float(loss), rel=1e-12)
+    loss_of_each = F.cross_entropy(
+        logits.double(), torch.from_numpy(domain.labels), reduction="none"
+    )
+    assert predictions.loss == pytest.approx(float(loss_of_each.mean()), rel=1e-12)
+    parts = loss_of_each.split(sets.config.batch_size)
+    in_batches = sum(float(part.mean()) for part in parts) / TOTAL
+    assert predictions.batch_loss == pytest.approx(in_batches, rel=1e-12)
     count = count_of(predictions)
     correct = int((logits.argmax(1).numpy() == domain.labels).sum())
     assert (count.correct, count.total) == (correct, TOTAL)

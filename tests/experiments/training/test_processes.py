@@ -14,7 +14,7 @@ from domainshift.records.schema import CHECKPOINT, SUMMARY
 from domainshift.records.validate import check
 from domainshift.training import checkpoint
 from exact_runs import exact_run
-from tiny_runs import TIMES, TINY, rows_of, words_of
+from tiny_runs import OF_THE_RUN, TINY, rows_of, words_of
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +80,7 @@ def by_one(tmp_path_factory):
 def assert_same_run(folder, expected):
     """Equal except for the order in which float64 numbers are added."""
     for row, right in zip(rows_of(folder), rows_of(expected), strict=True):
-        for key in right.keys() - TIMES:
+        for key in right.keys() - OF_THE_RUN:
             if key == "tests":
                 assert row[key].keys() == right[key].keys()
                 for name, count in right[key].items():

@@ -8,6 +8,7 @@ import types
 
 import pytest
 from domainshift import files
+from domainshift.config import Test
 from domainshift.errors import ConfigError
 from domainshift.progress import Screen
 from domainshift.records import results
@@ -98,7 +99,19 @@ def test_rows_have_the_tests_that_evaluate_asks_for(tmp_path, no_pictures):
     assert [list(row["tests"]) for row in rows] == [[], ["sketch-bn-source"], ["sketch-bn-source"]]
     evaluation = results.read_evaluation(tmp_path / "r", "sketch-bn-source")
     last = rows[-1]["tests"]["sketch-bn-source"]
-    assert last == {"correct": evaluation.correct, "total": TOTAL, "loss": evaluation.loss}
+    assert last == {
+        name: getattr(evaluation, name) for name in ("correct", "total", "loss", "batch_loss")
+    }
+
+
+def test_before_the_last_epoch_targets_are_tested_as_the_run_is(tmp_path, no_pictures):
+    tests = [Test(domain="sketch", bn=bn) for bn in ("trained", "source", "target")]
+    switches = {"evaluate": "each", "bn_at_test": "trained", "holdout": 0}
+    rows = rows_of(run(tmp_path / "r", tests=tests, **switches))
+    assert [list(row["tests"]) for row in rows] == [
+        ["sketch"],
+        ["sketch-bn-source", "sketch-bn-target", "sketch"],
+    ]
 
 
 # --- a folder that is there ---

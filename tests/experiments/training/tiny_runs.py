@@ -22,7 +22,12 @@ TINY = {
     "lr": 0.02,
 }
 TOTAL = 21  # images of each domain
-TIMES = {"seconds", "train_seconds"}
+OF_THE_RUN = {
+    "seconds",
+    "train_seconds",
+    "run",
+    "versions",
+}  # what two equal trainings need not share
 
 # Shaping that draws in every pass, tests too, is the hardest to resume; recorded maps come next.
 SHAPED = {
@@ -64,7 +69,7 @@ def rows_of(folder):
 
 
 def untimed(rows):
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return [{name: value for name, value in row.items() if name not in OF_THE_RUN} for row in rows]
 
 
 def weights_of(folder):
