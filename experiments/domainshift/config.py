@@ -47,6 +47,8 @@ MEMORY_FORMATS = {
     "channels_last": torch.channels_last,
 }
 
+PATCH = 16  # side, in pixels, of the patches that target_transform shuffled puts in random order
+
 # --- types of values --------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ ARMS = {
     "da": {"mode": "da", "layers": (1, 2)},
     "da-domains": {"mode": "da", "layers": (1,), "mask_sources": ("photo", "cartoon")},
     "dropout2d": {"mode": "dropout2d", "layers": (1,)},
+    "mixstyle": {"mode": "mixstyle", "layers": (1, 2), "mix_probability": 0.7},
     "dann": {"mode": "dann"},
 }
 ACCUMULATE = 2

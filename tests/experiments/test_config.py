@@ -333,6 +333,12 @@ REFUSED = [
     ({"mode": "da", "mask_sources": ["photo", "photo"]}, r"mask_sources: .*names a domain twice"),
     ({"mode": "dropout2d", "drop_rate": 1}, r"drop_rate: 1 is not allowed; .*0 <= drop_rate < 1"),
     ({"mode": "dann", "dann_lr_factor": 0}, r"dann_lr_factor: 0 is not allowed; .*above 0"),
+    (
+        {"mode": "da", "target_transform": "shuffled", "image_size": 100},
+        r"target_transform: 'shuffled' is not for image_size 100; .*train \| test; .*multiple of 16",
+    ),
+    ({"mode": "mixstyle", "mix_probability": 0}, r"mix_probability: 0 is not allowed; .*0 < mix"),
+    ({"mode": "mixstyle", "mix_alpha": 0}, r"mix_alpha: 0 is not allowed; .*above 0"),
     ({"epochs": 5, "updates": 5}, r"epochs: 5 and updates 5: one of them .*null for the other"),
     ({"epochs": None}, r"epochs: None and updates None: one of them"),
     ({"updates": 0}, r"updates: 0 is not allowed; allowed: a whole number from 1"),

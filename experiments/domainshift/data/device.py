@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from domainshift.data.images import LabelledImages, UnlabelledImages
+from domainshift.data.images import LabelledImages, ShuffledImages, UnlabelledImages, shuffled
 from domainshift.errors import DataError
 
 HALF = 11  # bits of each part of a weight
@@ -83,7 +83,7 @@ class DeviceBatches:
         parts: positions in `dataset` of each batch.
         device, memory_format: of the batches.
 
-    Iterating copies one small array per batch to the device and waits for nothing. Only the first pass
+    Iterating copies a small array or two per batch to the device and waits for nothing. Only the first pass
     over a domain also copies and resizes its images.
 
     Raises:
@@ -116,17 +116,26 @@ class DeviceBatches:
                 columns.append(self.dataset.labels[part])
             if random:
                 columns.extend(crops(self.dataset, part).T)
-            columns = torch.from_numpy(np.stack(columns).astype(np.int64, copy=False))
-            if self.device.type == "cuda":
-                columns = columns.pin_memory().to(self.device, non_blocking=True)
+            columns = self.on_device(
+                torch.from_numpy(np.stack(columns).astype(np.int64, copy=False))
+            )
             # a caller may have autocast on, which would round here
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 batch = images.index_select(0, columns[0])
                 if random:
                     batch = resized(batch, random[0].size[0], *columns[-5:])
                 batch = ((batch / scale - mean) / std).permute(0, 2, 1, 3)
+                if isinstance(self.dataset, ShuffledImages):
+                    orders = self.dataset.patch_orders(part, batch.shape[-1])
+                    batch = shuffled(batch, self.on_device(orders))
                 batch = batch.contiguous(memory_format=self.memory_format)
             yield (batch, columns[1]) if labelled else batch
+
+    def on_device(self, numbers: Tensor) -> Tensor:
+        """Numbers of a batch, copied to the device without waiting for it."""
+        if self.device.type != "cuda":
+            return numbers
+        return numbers.pin_memory().to(self.device, non_blocking=True)
 
 
 @lru_cache(maxsize=4)

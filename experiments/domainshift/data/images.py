@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from domainshift.config import PATCH
 from domainshift.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+PATCH_ORDER = 5  # purpose of a random stream, beside those of `domainshift.data.pairing`
 
 _WORD = 0xFFFFFFFFFFFFFFFF
 
@@ -198,6 +201,43 @@ class LabelledImages(UnlabelledImages):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return super().__getitem__(i), int(self.labels[i])
+
+
+class ShuffledImages(UnlabelledImages):
+    """Images whose patches of `PATCH` x `PATCH` pixels are in random order, after the transform.
+
+    Colours and the texture within a patch stay, and what the image shows does not. Single pixels in
+    random order would be noise, on which the activations of a network spread twice as wide.
+
+    Arguments, random draws and errors are those of `UnlabelledImages`. The order of the patches too is
+    a function of (seed, epoch, index of the image in `images`), from a stream of its own.
+    """
+
+    def __getitem__(self, i: int) -> Tensor:
+        image = super().__getitem__(i)
+        return shuffled(image[None], self.patch_orders([i], image.shape[-1]))[0]
+
+    def patch_orders(self, part: Iterable[int], side: int) -> Tensor:
+        """Which patch comes to each place, for those positions of the dataset: int64 (n, patches)."""
+        keys = [mix(self.seed, self.epoch, int(index)) for index in self.indices[list(part)]]
+        patches = (side // PATCH) ** 2
+        orders = [np.random.default_rng([key, PATCH_ORDER]).permutation(patches) for key in keys]
+        return torch.from_numpy(np.stack(orders))
+
+
+def shuffled(images: Tensor, orders: Tensor) -> Tensor:
+    """Images (n, C, S, S) with patch `orders[i, k]` of image i in place k, row by row; contiguous.
+
+    Args:
+        orders: int64 (n, (S / PATCH) ** 2), on the device of the images; S is a multiple of PATCH.
+    """
+    n, channels, side, _ = images.shape
+    grid = side // PATCH
+    patches = images.reshape(n, channels, grid, PATCH, grid, PATCH).permute(0, 2, 4, 1, 3, 5)
+    patches = patches.reshape(n, grid * grid, channels, PATCH, PATCH)
+    patches = patches[torch.arange(n, device=images.device)[:, None], orders]
+    patches = patches.view(n, grid, grid, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(images.shape)
 
 
 def split_holdout(domain: Domain, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

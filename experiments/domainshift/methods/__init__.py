@@ -48,7 +48,8 @@ from domainshift.methods.adabn import AdaBN
 from domainshift.methods.base import Method, Prediction, Step, TargetOptions
 from domainshift.methods.dann import Dann
 from domainshift.methods.dropout import Dropout2d
-from domainshift.methods.shaping import RandomMaps, TargetMaps
+from domainshift.methods.mixstyle import MixStyle
+from domainshift.methods.shaping import RandomMaps, RescaledMaps, TargetMaps
 
 __all__ = [
     "METHODS",
@@ -70,6 +71,8 @@ METHODS: dict[str, type[Method]] = {
         TargetMaps,
         AdaBN,
         Dropout2d,
+        RescaledMaps,
+        MixStyle,
         Dann,
     )
 }

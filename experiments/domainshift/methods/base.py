@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from domainshift import distributed
-from domainshift.config import Config, Switches, Test, switch
+from domainshift.config import PATCH, Config, Switches, Test, switch
 from domainshift.errors import ConfigError
 from domainshift.models import FeatureTap, bare_model
 
@@ -55,8 +55,11 @@ class TargetOptions(Switches):
     pairing: Literal["random", "modulo"] = switch(
         "random", "which target image meets source image i: a random one, or number i % n_target"
     )
-    target_transform: Literal["train", "test"] = switch(
-        "train", "augment the target images as the source's, or only resize them"
+    target_transform: Literal["train", "test", "shuffled"] = switch(
+        "train",
+        "augment the target images as the source's; only resize them; or augment them and put their "
+        f"patches of {PATCH} x {PATCH} pixels in random order, which leaves colours and texture and no "
+        "content",
     )
 
 
@@ -112,6 +115,10 @@ class Method:
     @classmethod
     def check(cls, config: Config, refuse: Callable[[str, str], None]) -> list[str]:
         """Refuse options that contradict each other, by refuse(switch, why). Returns warnings."""
+        shuffles = cls.uses_target and config.options.target_transform == "shuffled"
+        if shuffles and config.image_size % PATCH:
+            refuse("target_transform", f"is not for image_size {config.image_size}; allowed with it: "
+                   f"train | test; shuffled needs a multiple of {PATCH}")  # fmt: skip
         return distributed.caveats(config.device)
 
     @classmethod

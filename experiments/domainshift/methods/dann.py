@@ -67,7 +67,8 @@ class Dann(Method):
 
     loss = CE(source) + w (BCE(source) + BCE(target)), with w = `dann_weight`. The head gets the
     classifier's input through a reversal of gradients of weight `reversal(progress)`. Source and
-    target images go through the network in one batch, so BatchNorm sees both.
+    target images go through the network in one batch, so BatchNorm sees both. With w = 0 the joint
+    batch alone is left.
     """
 
     name = "dann"
@@ -85,7 +86,18 @@ class Dann(Method):
         return not has_batch_norm(config.model)
 
     @classmethod
+    def is_control(cls, control: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+        """The same run with dann_weight 0: BatchNorm sees both domains, and no loss does."""
+        if control["mode"] != own["mode"]:
+            return super().is_control(control, own)
+        names = {*cls.Options.names("training"), "bn_at_test"} - {"dann_weight"}
+        alike = all(control[name] == own[name] for name in names)
+        return alike and control["dann_weight"] == 0 < own["dann_weight"]
+
+    @classmethod
     def words(cls, values: Mapping[str, Any]) -> str:
+        if values["dann_weight"] == 0:
+            return "source and target images in one batch, no domain loss"
         return f"{cls.title}, weight {values['dann_weight']:g}"
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """Maps that `fastshape.attach` does not make, on forward hooks.
 
-Random maps per channel or block, a value in place of 0, the top-K of a recorded map, the product of
+Random maps per channel or block, rescaled random maps, a value in place of 0, the top-K of a recorded map, the product of
 the maps of several domains, and recording in train mode. A pass of `RecordedMaps.record` runs to its
 end, so that in train mode it moves every BatchNorm, as published code did; `fastshape.attach` stops
 at the deepest shaped layer. Plain PyTorch around `fastshape.shape`.
@@ -127,6 +127,15 @@ class RandomMaps(Maps):
 
     def map_for(self, name: str, x: Tensor, call: int) -> BitMask:
         return random_blocks(x, self.p_zero[name], self.side, self.first_sample)
+
+
+class RescaledMaps(RandomMaps):
+    """A random map at each forward, and what it leaves divided by 1 - p_zero."""
+
+    def changed(self, name: str, x: Tensor, call: int) -> Tensor | None:
+        shaped = super().changed(name, x, call)
+        with_map = self.model.training or self.at_eval == "on"
+        return shaped / (1 - self.p_zero[name]) if with_map else shaped
 
 
 class RecordedMaps(Maps):

@@ -307,6 +307,29 @@ class RandomMaps(Shaping):
         return f"{kind}, p_zero {p_zero}"
 
 
+class RescaledMaps(RandomMaps):
+    """Random maps whose result is divided by 1 - p_zero, as dropout does it.
+
+    Without binarization and per channel this is `Dropout2d` with drop_rate p_zero. BatchNorm behind a
+    shaped layer divides a constant factor out while training, so that after a convolution the factor
+    moves BatchNorm's running statistics, and hence tests, and the weights hardly.
+    """
+
+    name = "random-rescaled"
+    title = "random maps, rescaled"
+
+    @classmethod
+    def own_maps(
+        cls, model: nn.Module, names: tuple[str, ...], options: RandomOptions
+    ) -> masks.Maps:
+        return masks.RescaledMaps(model, names, options)
+
+    @classmethod
+    def words(cls, values: Mapping[str, Any]) -> str:
+        words = super().words(values)
+        return f"{words}, rescaled by 1 / (1 - p_zero)" if any(values["p_zero"]) else words
+
+
 # --- maps of the target -----------------------------------------------------------------------
 
 
@@ -435,9 +458,14 @@ class TargetMaps(Shaping):
     @classmethod
     def words(cls, values: Mapping[str, Any]) -> str:
         domains = " and ".join(values["mask_sources"]) or "the target"
+        shuffled = values["target_transform"] == "shuffled"
         if not values["apply_maps"]:
-            return f"images of {domains} through BatchNorm in {values['record_mode']} mode, no maps"
+            images = "shuffled images" if shuffled else "images"
+            return (
+                f"{images} of {domains} through BatchNorm in {values['record_mode']} mode, no maps"
+            )
         kind = "real-valued maps" if values["product"] else "binarized maps"
         top = "" if values["top_k"] is None else f", top {values['top_k']:g}"
         mode = ", recorded in train mode" if values["record_mode"] == "train" else ""
-        return f"{kind} of {domains} {shaping_words(values)}{top}{mode}"
+        whose = f"shuffled images of {domains}" if shuffled else domains
+        return f"{kind} of {whose} {shaping_words(values)}{top}{mode}"

@@ -37,6 +37,8 @@ from domainshift.records.schema import (
 )
 from domainshift.setup import Setup, targets_of_training, training_key, training_setup
 
+NEARLY_ALL = 0.9  # of the images called one class: the network hardly tells any apart
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -97,6 +99,16 @@ def figures(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> dict[
         "collapsed": len(answers) == 1,
         "collapsed_to": answers[0] if len(answers) == 1 else None,
     }
+
+
+def largest_predicted_share(confusion: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """The part of the images, 0 to 1, that is called the most frequent answer, and its label.
+
+    Of answers equally frequent, the first. Of no images the part is 0.
+    """
+    answers = np.asarray(confusion).sum(0)
+    label = int(answers.argmax())
+    return int(answers[label]) / max(1, int(answers.sum())), label
 
 
 # --- versions ---------------------------------------------------------------------------------
@@ -419,8 +431,11 @@ def summary(result: Result) -> dict[str, Any]:
     """
     training, test = result.training, result.evaluation
     warnings = list(training.warnings)
-    if test.collapsed:
-        warnings.append(f"collapsed: every image of {test.domain} is called {test.collapsed_to}")
+    share, label = largest_predicted_share(test.confusion)
+    if share > NEARLY_ALL:
+        part = "every image" if test.collapsed else f"{100 * share:.1f} % of the images"
+        verb = "is" if test.collapsed else "are"
+        warnings.append(f"collapsed: {part} of {test.domain} {verb} called {test.classes[label]}")
     values: dict[str, Any] = {
         "source": training.source,
         "target": test.domain,

@@ -205,6 +205,26 @@ class TableIndex(Record):
     arms: list[ArmIndex] = Field(description="in the order of the table")
 
 
+class ClaimIndex(Record):
+    """A published claim, and the rule that decides it; see `domainshift.report.claims`."""
+
+    says: str = Field(description="the claim in a sentence")
+    rules: list[str] = Field(default=[], description="what must hold, such as `arm > other`")
+    figure: str = Field(
+        "accuracy", description="what the rules are about: accuracy or unsteadiness"
+    )
+    targets: list[str] | None = Field(None, description="null: every target of the arms")
+    margin: float | None = Field(None, description="points within which a rule with = holds")
+    trend: tuple[str, str] | None = Field(
+        None, description="(arm, reference) whose difference grows with the reference's error"
+    )
+    collapse: list[str] = Field(
+        default=[], description="arms that call nearly everything one class"
+    )
+    undecidable: str | None = Field(None, description="why no run of the suite can decide it")
+    note: str | None = Field(None, description="what a reader must know of it")
+
+
 class TrainingIndex(Record):
     """One training with all its tests."""
 
@@ -221,5 +241,12 @@ class SuiteIndex(Record):
     profile: str = Field(description="full, mini or another of the suite")
     title: str = Field(description="heading of the report")
     command: str = Field(description="what runs the whole suite")
+    primary: list[tuple[str, str]] = Field(
+        default=[], description="(arm, reference): the comparisons that get verdicts"
+    )
+    margin: float | None = Field(
+        None, description="points within which the arms of a primary comparison pass for equal"
+    )
+    claims: dict[str, ClaimIndex] = Field(default={}, description="published claims by number")
     tables: list[TableIndex] = Field(description="in the order of the report")
     trainings: dict[str, TrainingIndex] = Field(description="by folder")

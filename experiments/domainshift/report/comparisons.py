@@ -1,26 +1,41 @@
 """Which arms are compared, over which results, and what comes out.
 
-A comparison is a paired difference: seed by seed and source-target pair by pair, over the largest full
-block of both that the two arms have in common. It is averaged over the pairs of each seed. The interval
-is Student's over the seeds: they are what is drawn at random, the pairs are chosen.
+A comparison is a paired difference, seed by seed, on one source-target pair or averaged over several
+within each seed. The interval is Student's over the seeds: they are what is drawn at random, the pairs
+are chosen.
 
-The verdict looks at Holm's adjusted p value, with all comparisons of the suite as one family, each
-counted once however many tables show it. Confounded comparisons belong to the family, but to no count
-of verdicts: they do not say what made the difference.
+A suite declares a few *primary* comparisons beforehand. These, on each pair, are one family: Holm's
+correction is over them, and they alone get verdicts. All others explore: they have an interval and
+nothing more. A mean over pairs can hide that one pair gains what another loses, so it never has a
+verdict.
+
+Where the arms of a table spread alike, the standard error comes from all of them (see
+`domainshift.report.statistics.pooled`).
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from domainshift.records.results import Result
 from domainshift.report import switches
-from domainshift.report.statistics import Estimate, estimate, holm, mean
+from domainshift.report.statistics import (
+    Estimate,
+    Pool,
+    equivalence,
+    estimate,
+    holm,
+    mean,
+    pooled,
+    smallest_difference,
+)
 from domainshift.report.study import Arm, Key, Pair, Study, Table
 
-ALPHA = 0.05  # of the family of all comparisons
+ALPHA = 0.05  # of the family of primary comparisons
 FIGURE = "target_accuracy"  # after the last epoch
 EXACT = 12  # pairs of domains, up to which the largest full block is searched for in full
 
@@ -28,16 +43,16 @@ EXACT = 12  # pairs of domains, up to which the largest full block is searched f
 class Verdict(StrEnum):
     HIGHER = "higher"
     LOWER = "lower"
-    NOT_AFTER_HOLM = "zero is outside the interval, but not after Holm's correction"
-    SAME = "not distinguishable from zero"
+    EQUAL = "equal within the margin"
+    UNDECIDED = "undecided"
+    CONFOUNDED = "confounded"
     ONE_SEED = "one seed: no interval"
     NO_SPREAD = "no spread between seeds: no interval"
     NOTHING = "nothing in common yet"
 
     @property
-    def apart(self) -> bool:
-        """Whether the difference is not zero."""
-        return self in (Verdict.HIGHER, Verdict.LOWER)
+    def decided(self) -> bool:
+        return self in (Verdict.HIGHER, Verdict.LOWER, Verdict.EQUAL)
 
 
 # --- which arms -------------------------------------------------------------------------------
@@ -61,13 +76,13 @@ def matchups(table: Table) -> Matchups:
     values = [switches.method_values(arm.one) for arm in arms]
     configs = [arm.one.config | own for arm, own in zip(arms, values, strict=True)]
     methods = [switches.method_of(arm.one) for arm in arms]
-    controls = [
+    controls = [pair for pair in table.compare if all(arm.one for arm in pair)]
+    controls += [
         (arms[i], arms[j])
         for j in range(len(arms))
         for i in range(len(arms))
         if i != j and methods[i].is_control(configs[j], configs[i])
     ]
-    controls += [pair for pair in table.compare if all(arm.one for arm in pair)]
     others = []
     for i, arm in enumerate(arms):
         for j, reference in enumerate(arms[:i]):
@@ -152,6 +167,22 @@ def over_seeds(
     return None if any(v is None for row in values for v in row) else [mean(row) for row in values]
 
 
+def pool_of(table: Table | None, seeds: Sequence[int], pairs: Sequence[Pair]) -> Pool | None:
+    """The common spread of a table's arms, of those that have all these seeds on all these pairs."""
+    if table is None:
+        return None
+    return _pool(table, tuple(seeds), tuple(pairs))
+
+
+@functools.lru_cache(maxsize=4096)
+def _pool(table: Table, seeds: tuple[int, ...], pairs: tuple[Pair, ...]) -> Pool | None:
+    rows = []
+    for arm in table.compared:
+        if all((*pair, seed) in arm.results for pair in pairs for seed in seeds):
+            rows.append(over_seeds(arm.results, FIGURE, seeds, pairs))
+    return pooled(rows)
+
+
 # --- what comes out ---------------------------------------------------------------------------
 
 
@@ -162,7 +193,11 @@ class Comparison(NamedTuple):
     missing: keys planned for the arm, on pairs that the reference has, that one of them lacks
     left_out: keys that both have, but not on all pairs of their seed
     largest: whether it is certain that less cannot be left out
-    adjusted: Holm's p
+    primary: whether the suite declared it, so that it has a verdict
+    adjusted: Holm's p of there being no difference, over the primary comparisons
+    margin: points within which the arms pass for equal; None: the suite states none
+    adjusted_equal: Holm's p of their being `margin` or more apart
+    smallest: the difference that these seeds would find with 80 % power
     """
 
     table: str
@@ -174,25 +209,40 @@ class Comparison(NamedTuple):
     missing: Sequence[Key] = ()
     left_out: Sequence[Key] = ()
     largest: bool = True
+    primary: bool = False
     adjusted: float | None = None
+    margin: float | None = None
+    adjusted_equal: float | None = None
+    smallest: float | None = None
     confounds: Sequence[str] = ()
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Verdict | None:
+        """None for a comparison that is not primary."""
         e = self.estimate
+        if not self.primary:
+            return None
         if e is None:
             return Verdict.NOTHING
-        if e.n == 1:
-            return Verdict.ONE_SEED
         if e.low is None:
-            return Verdict.NO_SPREAD
+            return Verdict.ONE_SEED if e.n == 1 else Verdict.NO_SPREAD
+        if self.confounds:
+            return Verdict.CONFOUNDED
         if self.adjusted is not None and self.adjusted < ALPHA:
             return Verdict.HIGHER if e.mean > 0 else Verdict.LOWER
-        return Verdict.NOT_AFTER_HOLM if e.low > 0 or e.high < 0 else Verdict.SAME
+        equal = self.adjusted_equal is not None and self.adjusted_equal < ALPHA
+        return Verdict.EQUAL if equal else Verdict.UNDECIDED
 
     @property
     def name(self) -> str:
         return f"{self.arm.name} minus {self.reference.name}"
+
+    @property
+    def target(self) -> str:
+        """The target of its one pair, or how many pairs it is over."""
+        if len(self.pairs) == 1:
+            return self.pairs[0][1]
+        return f"{counted(len(self.pairs), 'pair')} of domains"
 
     @property
     def gaps(self) -> str:
@@ -203,6 +253,23 @@ class Comparison(NamedTuple):
         return ", ".join(parts)
 
     @property
+    def verdict_words(self) -> str:
+        """The verdict as a sentence says it; "" for a comparison that has none."""
+        verdict = self.verdict
+        if verdict is None:
+            return ""
+        if verdict in (Verdict.HIGHER, Verdict.LOWER):
+            return f"{verdict} (p {p_text(self.adjusted)})"
+        if verdict == Verdict.EQUAL:
+            return f"equal within {self.margin:g} points (p {p_text(self.adjusted_equal)})"
+        if verdict == Verdict.UNDECIDED:
+            seeds = f"{NUMBERS.get(len(self.seeds), len(self.seeds))} seeds"
+            return f"undecided: {seeds} cannot say (they find {self.smallest:.1f} points or more)"
+        if verdict == Verdict.CONFOUNDED:
+            return f"no verdict: confounded by {', '.join(self.confounds)}"
+        return str(verdict)
+
+    @property
     def sentence(self) -> str:
         e, over = self.estimate, counted(len(self.seeds), "seed")
         if len(self.pairs) > 1:
@@ -210,14 +277,19 @@ class Comparison(NamedTuple):
         else:
             over += "".join(f", {source} to {target}" for source, target in self.pairs)
         if e is None:
-            text = f"{self.name}: {self.verdict}"
+            text = f"{self.name}: {Verdict.NOTHING}"
         elif e.low is None:
-            text = f"{self.name}: {signed(e.mean)} points over {over}; {self.verdict}"
+            why = Verdict.ONE_SEED if e.n == 1 else Verdict.NO_SPREAD
+            text = f"{self.name}: {signed(e.mean)} points over {over}; {why}"
         else:
-            text = f"{self.name}: {with_interval(e)} points over {over}: {self.verdict}"
-            text += f" (p {p_text(self.adjusted)} after Holm)" if self.adjusted is not None else ""
+            text = f"{self.name}: {with_interval(e)} points over {over}"
+            text += f": {self.verdict_words}" if self.verdict_words else ""
         text += f"; {self.gaps}" if self.gaps else ""
-        return text + (f"; confounded by {', '.join(self.confounds)}" if self.confounds else "")
+        confounds = self.confounds and self.verdict != Verdict.CONFOUNDED
+        return text + (f"; confounded by {', '.join(self.confounds)}" if confounds else "")
+
+
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
 def counted(n: int, what: str) -> str:
@@ -237,9 +309,14 @@ def p_text(p: float | None) -> str:
 
 
 def compare(
-    arm: Arm, reference: Arm, table: str = "", pairs: Sequence[Pair] | None = None
+    arm: Arm, reference: Arm, table: Table | None = None, pairs: Sequence[Pair] | None = None
 ) -> Comparison:
-    """`arm` minus `reference` over what both have, on `pairs` alone if they are given."""
+    """`arm` minus `reference` over what both have, on `pairs` alone if they are given.
+
+    Args:
+        table: whose arms give the standard error, if they spread alike.
+    """
+    name = "" if table is None else table.name
     allowed = set(reference.pairs) if pairs is None else {*reference.pairs} & {*pairs}
     wanted = [key for key in arm.planned if key[:2] in allowed]
     both = [key for key in wanted if key in arm.results and key in reference.results]
@@ -248,35 +325,104 @@ def compare(
     missing = [key for key in wanted if key not in have]
     left_out = [key for key in both if key not in used]
     if not used:
-        return Comparison(table, arm, reference, None, missing=missing)
+        return Comparison(name, arm, reference, None, missing=missing)
     ours, theirs = (
         over_seeds(a.results, FIGURE, block.seeds, block.pairs) for a in (arm, reference)
     )
-    difference = estimate([a - b for a, b in zip(ours, theirs, strict=True)])
-    return Comparison(table, arm, reference, difference, block.seeds, block.pairs, missing, left_out,
+    difference = estimate(
+        [a - b for a, b in zip(ours, theirs, strict=True)],
+        pool=pool_of(table, block.seeds, block.pairs),
+        scale=math.sqrt(2),
+    )
+    return Comparison(name, arm, reference, difference, block.seeds, block.pairs, missing, left_out,
                       block.largest)  # fmt: skip
 
 
-def comparisons(
-    study: Study, matched: Mapping[str, Matchups], confounds: Mapping[str, Sequence[str]]
-) -> list[Comparison]:
-    """Every comparison of the suite once, with Holm's p over all of them.
+# --- of a whole study -------------------------------------------------------------------------
+
+
+class Comparisons:
+    """Every comparison of a study.
 
     Args:
         matched: `matchups` of each table, by name.
         confounds: what the audit has to say, by `place`.
+
+    Attributes:
+        primary: one for each declared comparison and source-target pair, in the order of the suite.
+        exploratory: every other two arms that tables compare, over their pairs.
     """
-    known: dict[frozenset, Comparison] = {}
-    for table in study.tables:
-        for arm, reference in matched[table.name].all:
-            which = same_results(arm, reference)
-            if which not in known:
-                remarks = confounds.get(place(table, arm, reference), ())
-                known[which] = compare(arm, reference, table.name)._replace(confounds=remarks)
-    with_p = [key for key, c in known.items() if c.estimate and c.estimate.p is not None]
-    for key, p in zip(with_p, holm([known[k].estimate.p for k in with_p]), strict=True):
-        known[key] = known[key]._replace(adjusted=p)
-    return list(known.values())
+
+    def __init__(
+        self, study: Study, matched: Mapping[str, Matchups], confounds: Mapping[str, Sequence[str]]
+    ) -> None:
+        self.tables = {table.name: table for table in study.tables}
+        self.confounds = confounds
+        self.primary = self._family(study)
+        self._verdicts = {(c.arm.name, c.reference.name, tuple(c.pairs)): c for c in self.primary}
+        declared = {frozenset((a.name, b.name)) for a, b in study.primary}
+        known: dict[frozenset, Comparison] = {}
+        for table in study.tables:
+            for arm, reference in matched[table.name].all:
+                if frozenset((arm.name, reference.name)) in declared:
+                    continue
+                which = same_results(arm, reference)
+                if which not in known:
+                    known[which] = self.of(table, arm, reference)
+        self.exploratory = list(known.values())
+
+    def of(
+        self, table: Table, arm: Arm, reference: Arm, pairs: Sequence[Pair] | None = None
+    ) -> Comparison:
+        """An arm minus a reference where a table shows them, on some pairs or on all."""
+        wanted = arm.pairs if pairs is None else pairs
+        asked = tuple(pair for pair in wanted if pair in reference.pairs)
+        if verdict := self._verdicts.get((arm.name, reference.name, asked)):
+            return verdict
+        one = compare(arm, reference, table, pairs)
+        return one._replace(confounds=self.confounds.get(place(table, arm, reference), ()))
+
+    def _family(self, study: Study) -> list[Comparison]:
+        family = []
+        for arm, reference in study.primary:
+            table = home_of(study, arm, reference)
+            remarks = dict.fromkeys(
+                line
+                for t in study.tables
+                for line in self.confounds.get(place(t, arm, reference), ())
+            )
+            for pair in [pair for pair in arm.pairs if pair in reference.pairs]:
+                one = compare(arm, reference, table, [pair])
+                if one.estimate is None:  # the pair is not in its block, and is to be named
+                    one = one._replace(pairs=[pair])
+                family.append(
+                    one._replace(primary=True, confounds=list(remarks), margin=study.margin)
+                )
+        return adjusted(family)
+
+
+def home_of(study: Study, arm: Arm, reference: Arm) -> Table | None:
+    """The first table with both arms, whose spread a comparison of them may use."""
+    names = {arm.name, reference.name}
+    return next((t for t in study.tables if names <= {a.name for a in t.compared}), None)
+
+
+def adjusted(family: Sequence[Comparison]) -> list[Comparison]:
+    """A family with Holm's p values and the smallest difference that each would find.
+
+    For that difference, the level is the one that Holm's correction asks of the first of the family.
+    """
+    tested = [i for i, c in enumerate(family) if c.estimate and c.estimate.p is not None]
+    result = list(family)
+    for i, p in zip(tested, holm([family[i].estimate.p for i in tested]), strict=True):
+        e = family[i].estimate
+        smallest = e.error * smallest_difference(e.df, ALPHA / len(tested))
+        result[i] = result[i]._replace(adjusted=p, smallest=smallest)
+    apart = [i for i in tested if family[i].margin is not None]
+    values = [equivalence(family[i].estimate, family[i].margin) for i in apart]
+    for i, p in zip(apart, holm(values), strict=True):
+        result[i] = result[i]._replace(adjusted_equal=p)
+    return result
 
 
 def place(table: Table, arm: Arm, reference: Arm) -> str:

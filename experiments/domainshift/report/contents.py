@@ -13,9 +13,10 @@ from typing import NamedTuple
 from domainshift.records.results import Result
 from domainshift.report import figures, findings, published, switches
 from domainshift.report.audit import Audit, audit
-from domainshift.report.comparisons import ALPHA, EXACT, Comparison, comparisons, counted, matchups
-from domainshift.report.statistics import LEVEL
-from domainshift.report.study import Arm, Study, Table, merged
+from domainshift.report.claims import Claim, claims_of
+from domainshift.report.comparisons import ALPHA, EXACT, Comparisons, counted, matchups
+from domainshift.report.statistics import AGREE, LEVEL, POWER
+from domainshift.report.study import Study, Table
 from domainshift.report.tables import PM, Grid, Line, grid_of, lines_of
 
 WITHHELD = "No finding is drawn while the audit fails."
@@ -44,50 +45,43 @@ class Section(NamedTuple):
 class Report(NamedTuple):
     study: Study
     audit: Audit
-    comparisons: list[Comparison]
+    comparisons: Comparisons
     sections: list[Section]
     main: list[str]  # the sentences of the first screen
+    claims: list[Claim]
     findings: dict[str, list[str]]  # all sentences, by heading
     limits: list[str]  # what keeps the figures from being more than they are
 
     @property
-    def tested(self) -> list[Comparison]:
-        """The family that Holm's correction is over."""
-        return [c for c in self.comparisons if c.adjusted is not None]
-
-    @property
-    def apart(self) -> str:
-        """How many comparisons differ from zero; the confounded ones are not among them."""
-        sound = [c for c in self.tested if not c.confounds]
-        text = f"{sum(c.verdict.apart for c in sound)} of {len(sound)}"
-        confounded = len(self.tested) - len(sound)
-        return text + (f"; {confounded} confounded aside" if confounded else "")
+    def decided(self) -> str:
+        """How many of the primary comparisons, one a target, have a verdict."""
+        primary = self.comparisons.primary
+        return f"{sum(c.verdict.decided for c in primary)} of {len(primary)}"
 
 
 def build(study: Study) -> Report:
     matched = {table.name: matchups(table) for table in study.tables}
     checked = audit(study, matched)
-    compared = comparisons(study, matched, checked.confounds)
+    compared = Comparisons(study, matched, checked.confounds)
     rows = published.rows()
-    # without the audit no verdict
-    in_tables = compared if checked.passes else [c._replace(adjusted=None) for c in compared]
     sections = [
         section_of(
-            study, table, lines_of(table, matched[table.name], in_tables, rows), checked.passes
+            study, table, lines_of(table, matched[table.name], compared, rows), checked.passes
         )
         for table in study.tables
     ]
-    limits = limits_of(list(study.results.values()))
+    limits = [*checked.limits, *limits_of(list(study.results.values()))]
     if not checked.passes:
-        return Report(study, checked, compared, sections, [WITHHELD], {"": [WITHHELD]}, limits)
+        return Report(study, checked, compared, sections, [WITHHELD], [], {"": [WITHHELD]}, limits)
     sentences = all_sentences(study, compared, sections)
-    main = [findings.tally(compared)]
-    main += [c.sentence for c in findings.ranked(compared)[: findings.SHOWN]]
-    main += sentences["Beside the published figures"][:3]
+    main = [findings.tally(compared.primary), *findings.primary_sentences(compared.primary)]
     collapsed = sentences["Collapse"]
     if len(collapsed) > 2:
-        collapsed = [f"In {len(collapsed)} arms some runs call every target image one class."]
-    return Report(study, checked, compared, sections, main + collapsed, sentences, limits)
+        collapsed = [
+            f"In {len(collapsed)} arms some runs call nearly every target image one class."
+        ]
+    return Report(study, checked, compared, sections, main + collapsed, claims_of(study), sentences,
+                  limits)  # fmt: skip
 
 
 def section_of(study: Study, table: Table, lines: list[Line], verdicts: bool) -> Section:
@@ -119,16 +113,16 @@ def notes_of(table: Table, lines: Sequence[Line]) -> list[str]:
 
 
 def all_sentences(
-    study: Study, compared: Sequence[Comparison], sections: Sequence[Section]
+    study: Study, compared: Comparisons, sections: Sequence[Section]
 ) -> dict[str, list[str]]:
     """Every finding, by heading."""
-    by_name: dict[str, list[Arm]] = {}
-    for arm in (arm for section in sections for arm in section.table.compared):
-        by_name.setdefault(arm.name, []).append(arm)
-    arms = [merged(same) for same in by_name.values()]
+    arms = list(study.arms.values())
     lines = [line for section in sections for line in section.lines if line.published]
     return {
-        "Comparisons": [c.sentence for c in compared],
+        "Primary comparisons": [c.sentence for c in compared.primary],
+        "Exploratory comparisons: intervals, no verdicts": [
+            c.sentence for c in compared.exploratory
+        ],
         "Beside the published figures": findings.beside_published(
             [(line.arm, line.pair, line.published) for line in lines]
         ),
@@ -231,14 +225,20 @@ HOW_TO_READ = (
     "seed in it has. Runs that would make seeds unlike are counted as left out: as few as possible, "
     f"which is searched for in full up to {EXACT} pairs, and step by step beyond. A difference over "
     "fewer pairs than its line says over which. One seed has no interval.",
-    "Minus control: the same difference, with Holm's p, to the arm that it names. That arm does all that "
-    "comes along with the method and not the method (BatchNorm measured again, target images in "
-    "BatchNorm's statistics, binarization), or the suite names it beforehand.",
-    f"Verdict: higher or lower where Holm's p, over all comparisons of the suite, is below {ALPHA}. "
-    "The report names an interval without zero whose p is not below it. Anything else is not "
-    "distinguishable from zero. Lines of single pairs beside their mean have an interval and no verdict. "
-    "Confounded comparisons, which differ in more than the method, are in Holm's family; they come last "
-    "and are in no count of verdicts.",
+    "Minus control: the same difference to the arm that it names. That arm does all that comes along "
+    "with the method and not the method (BatchNorm measured again, target images in BatchNorm's "
+    "statistics, binarization), or the suite names it beforehand.",
+    "Verdicts: a suite declares at most six primary comparisons before its runs. On each target they "
+    f"are one family. Higher or lower: Holm's p over the family is below {ALPHA}. Equal: two one-sided "
+    f"tests, after Holm too, put the difference within the suite's margin. Otherwise these seeds cannot "
+    f"say, and the page names the difference that they would find with a probability of {POWER:.0%}. "
+    "Confounded comparisons, which differ in more than the method, get none. All other comparisons "
+    "explore: they have an interval and no verdict.",
+    "Standard errors: where the arms of a table spread alike (Bartlett's test on residuals about the "
+    f"arms and seeds, p at least {AGREE:g}), all of them give the standard deviation; a difference that "
+    "spreads more than it says (F test) has its own. Simulated with five seeds and no effect, a study "
+    "then has a false verdict in 5 of 100 cases, and in 7 to 10 where one arm spreads two or three "
+    "times as much as the others.",
     f"Test set alone: Wilson's {LEVEL:.0%} interval of the mean k of n. So far other test images alone "
     "could move the figure, however many seeds there are.",
     "Epoch selected on source: accuracy on the target at the epoch that is best on held-out source "

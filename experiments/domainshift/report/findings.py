@@ -2,50 +2,71 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from domainshift.records.results import Result
+from domainshift.records.results import NEARLY_ALL, Result, largest_predicted_share
 from domainshift.report import switches
-from domainshift.report.comparisons import FIGURE, Comparison, Verdict, counted, signed
+from domainshift.report.comparisons import (
+    FIGURE,
+    Comparison,
+    Verdict,
+    counted,
+    signed,
+    with_interval,
+)
 from domainshift.report.published import Published
 from domainshift.report.statistics import LEVEL, mean, prediction
 from domainshift.report.study import Arm, Pair
 
-SHOWN = 5  # comparisons on the first screen
+UNDECLARED = "The suite declares no primary comparison, so this page has intervals and no verdict."
 
 
-def tally(comparisons: Sequence[Comparison]) -> str:
-    """How the comparisons came out."""
-    if not comparisons:
-        return "No two arms can be compared yet."
-    sound = [c for c in comparisons if not c.confounds]
-    tested = [c for c in sound if c.adjusted is not None]
-    parts = []
-    if tested:
-        endings = {
-            Verdict.HIGHER: "higher than the reference",
-            Verdict.LOWER: "lower",
-            Verdict.NOT_AFTER_HOLM: "with zero outside the interval, but not after Holm's correction",
-            Verdict.SAME: "not distinguishable from zero",
-        }
-        counts = [(sum(c.verdict == v for c in tested), ending) for v, ending in endings.items()]
-        parts.append(", ".join(f"{n} {ending}" for n, ending in counts if n))
-    if untested := len(sound) - len(tested):
-        parts.append(f"{untested} without an interval, so without a verdict")
-    if confounded := len(comparisons) - len(sound):
-        parts.append(f"{confounded} confounded, and not counted")
-    return f"{counted(len(comparisons), 'comparison')}: {'; '.join(parts)}."
+def tally(primary: Sequence[Comparison]) -> str:
+    """How the primary comparisons came out, each counted on each target."""
+    if not primary:
+        return UNDECLARED
+    counts = Counter(c.verdict for c in primary)
+    parts = [f"{counts[v]} {WORDS.get(v, v)}" for v in Verdict if counts[v]]
+    return f"{counted(len(primary), 'primary comparison')}, one a target: {', '.join(parts)}."
 
 
-def ranked(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The surest first: what is not confounded, then by verdict and by the size of the difference."""
-    order = list(Verdict)
+WORDS = {
+    Verdict.HIGHER: "higher than the reference",
+    Verdict.LOWER: "lower",
+    Verdict.UNDECIDED: "that these seeds cannot decide",
+    Verdict.ONE_SEED: "of one seed, without an interval",
+    Verdict.NO_SPREAD: "without spread between seeds, so without an interval",
+    Verdict.NOTHING: "without a result in common yet",
+}
 
-    def rank(c: Comparison) -> tuple:
-        sure = 0 if c.verdict.apart else order.index(c.verdict)
-        return bool(c.confounds), sure, -abs(c.estimate.mean) if c.estimate else 0.0
 
-    return sorted(comparisons, key=rank)
+def by_comparison(primary: Sequence[Comparison]) -> list[list[Comparison]]:
+    """The primary comparisons in the order of the suite, those of the same arms together."""
+    groups: dict[str, list[Comparison]] = {}
+    for c in primary:
+        groups.setdefault(c.name, []).append(c)
+    return list(groups.values())
+
+
+def primary_sentences(primary: Sequence[Comparison]) -> list[str]:
+    """One sentence for each declared comparison: what came out on each target."""
+    sentences = []
+    for group in by_comparison(primary):
+        sources = {source for c in group for source, _ in c.pairs}
+        parts = []
+        for c in group:
+            where = c.target if len(sources) < 2 else " to ".join(c.pairs[0])
+            e = c.estimate
+            value = (
+                ""
+                if e is None
+                else f"{with_interval(e) if e.low is not None else signed(e.mean)}, "
+            )
+            gaps = f"; {c.gaps}" if c.gaps and e is not None else ""
+            parts.append(f"{where} {value}{c.verdict_words}{gaps}")
+        sentences.append(f"{group[0].name}: {'; '.join(parts)}.")
+    return sentences
 
 
 def against_published(arm: Arm, pair: Pair, published: Published) -> str | None:
@@ -97,14 +118,23 @@ def beside_published(entries: Sequence[tuple[Arm, Pair, Published]]) -> list[str
 
 
 def collapsed(arms: Sequence[Arm]) -> list[str]:
-    """The arms of which at least one result calls every image one class."""
+    """The arms of which at least one result calls nearly every image one class."""
     sentences = []
     for arm in arms:
-        flags = [result.evaluation.collapsed for result in arm.results.values()]
-        if any(flags):
-            share = f"{sum(flags)} of {counted(len(flags), 'run')}"
-            sentences.append(f"{arm.name}: {share} call every target image one class")
+        shares = [nearly_all(result) for result in arm.results.values()]
+        those = [share for share in shares if share is not None]
+        if those:
+            part = f"{len(those)} of {counted(len(shares), 'run')}"
+            sentences.append(
+                f"{arm.name}: {part} call one class more than {100 * NEARLY_ALL:.0f} % of the images"
+            )
     return sentences
+
+
+def nearly_all(result: Result) -> float | None:
+    """The part of the images that a collapsed run calls one class; None for another run."""
+    share, _ = largest_predicted_share(result.evaluation.confusion)
+    return share if share > NEARLY_ALL else None
 
 
 def epoch_choice(results: Sequence[Result]) -> list[str]:

@@ -126,9 +126,10 @@ def page(report: Report) -> str:
     """The report as HTML that is also well-formed XML."""
     study, results = report.study, list(report.study.results.values())
     seconds = sum(r.summary["seconds"] for r in figures.trainings(results))
+    compared = report.comparisons
     family = (
-        f"Written by rule from the records. {counted(len(report.comparisons), 'comparison')}, "
-        f"{len(report.tested)} of them with a p value: Holm's correction is over these."
+        f"Written by rule from the records. {counted(len(compared.primary), 'primary comparison')}, one "
+        f"a target, over which Holm's correction is, and {len(compared.exploratory)} that explore."
     )
     return rendered(
         "html",
@@ -155,14 +156,17 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
     """Name, value and kind of what the first screen says in a few words."""
     passes = report.audit.passes
     failures = counted(len(report.audit.failures), "failure")
-    compared = f"{len(report.comparisons)}, {len(report.tested)} with an interval"
     runs = contents.progress(report.study)
     return [
         ("Runs", runs, "open" if report.study.missing else "good"),
         ("Audit", "passes" if passes else f"FAILS: {failures}", "good" if passes else "bad"),
-        ("Comparisons", compared, ""),
-        ("Distinguishable from zero", report.apart if passes else "withheld", ""),
+        ("Primary comparisons decided", report.decided if passes else "withheld", ""),
+        ("Seeds", seeds(report.study), ""),
     ]
+
+
+def seeds(study: Study) -> str:
+    return str(len({result.training.seed for result in study.used}))
 
 
 def banner(report: Report) -> list[str]:

@@ -5,13 +5,17 @@ Nothing here knows what a result is.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scipy import stats
+import numpy as np
+from scipy import optimize, stats
 
 LEVEL = 0.95  # of every interval in the report
+AGREE = 0.2  # p of a test of spreads, from which on they pass for one
+POWER = 0.8  # with which the smallest difference that can be seen is seen
 
 
 def mean(values: Sequence[float]) -> float:
@@ -26,31 +30,119 @@ def spread(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (len(values) - 1))
 
 
+class Pool(NamedTuple):
+    """The spread that the arms of a table have in common.
+
+    sd: standard deviation of one result about the means of its arm and of its seed
+    df: degrees of freedom, (arms - 1) * (seeds - 1)
+    arms: how many arms it comes from
+    """
+
+    sd: float
+    df: int
+    arms: int
+
+
+def pooled(rows: Sequence[Sequence[float]]) -> Pool | None:
+    """The common spread of arms, a row each of one value a seed (randomized blocks: seeds are blocks).
+
+    None for fewer than three arms or three seeds, for values without spread, and where the arms'
+    spreads differ: where Bartlett's test has p < `AGREE`. (Levene's about the medians finds nothing in
+    five seeds, and about the means too much.)
+    """
+    values = np.asarray(rows, dtype=float)
+    arms, seeds = values.shape if values.ndim == 2 else (0, 0)
+    if arms < 3 or seeds < 3:
+        return None
+    about = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    df = (arms - 1) * (seeds - 1)
+    sd = math.sqrt(float((about**2).sum()) / df)
+    if sd <= 1e-12 * max(1.0, abs(float(values.mean()))):
+        return None
+    if not (about.std(1) > 1e-12).all() or stats.bartlett(*about).pvalue < AGREE:
+        return None
+    return Pool(sd, df, arms)
+
+
 class Estimate(NamedTuple):
-    """A mean with its t interval; low, high and p are None where the values give none."""
+    """A mean with its t interval; low, high and p are None where the values give none.
+
+    spread: sample standard deviation
+    p: two-sided, of the mean being zero
+    error: standard error of the mean, from `pool` where there is one
+    df: degrees of freedom of the error
+    """
 
     mean: float
-    spread: float | None  # sample standard deviation
+    spread: float | None
     low: float | None
     high: float | None
-    p: float | None  # two-sided, of the mean being zero
+    p: float | None
     n: int
+    error: float | None = None
+    df: int | None = None
 
 
-def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """The mean of n values and its interval, mean +- t(level, n - 1) * spread / sqrt(n).
+def estimate(
+    values: Sequence[float], level: float = LEVEL, pool: Pool | None = None, scale: float = 1.0
+) -> Estimate:
+    """The mean of n values and its interval, mean +- t(level, df) * error.
 
-    One value has no interval. Nor have values that are all the same: a spread of zero says that they
-    are no independent draws (two runs that both collapsed, say), not that they are exact.
+    The error is spread / sqrt(n) on n - 1 degrees of freedom, or with a pool scale * sd / sqrt(n) on
+    the pool's. A pool is not used where the values spread more than it says (F test, p < `AGREE`). One
+    value has no interval. Nor have values that are all the same: a spread of zero says
+    that they are no independent draws (two runs that both collapsed, say), not that they are exact.
+
+    Args:
+        pool: of the results whose weighted sums the values are.
+        scale: root of the sum of squares of those weights; sqrt(2) for a difference.
     """
     centre, sd, n = mean(values), spread(values), len(values)
     # equal accuracies of unequal k and n differ in their last bits
     if sd is None or sd <= 1e-12 * max(1.0, abs(centre)):
         return Estimate(centre, sd, None, None, None, n)
-    error, student = sd / math.sqrt(n), stats.t(n - 1)
+    if pool is not None:
+        ratio = (sd / (scale * pool.sd)) ** 2
+        pool = None if stats.f(n - 1, pool.df).sf(ratio) < AGREE else pool
+    error = (sd if pool is None else scale * pool.sd) / math.sqrt(n)
+    df = n - 1 if pool is None else pool.df
+    student = stats.t(df)
     half = float(student.ppf((1 + level) / 2)) * error
     p = float(2 * student.sf(abs(centre) / error))
-    return Estimate(centre, sd, centre - half, centre + half, p, n)
+    return Estimate(centre, sd, centre - half, centre + half, p, n, error, df)
+
+
+def equivalence(e: Estimate, margin: float) -> float | None:
+    """p of the mean being `margin` or more from zero: the larger of two one-sided t tests.
+
+    (Schuirmann, 1987.) None where the estimate has no error.
+    """
+    if e.error is None:
+        return None
+    student = stats.t(e.df)
+    return float(
+        max(student.sf((e.mean + margin) / e.error), student.cdf((e.mean - margin) / e.error))
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def smallest_difference(df: int, alpha: float, power: float = POWER) -> float:
+    """The difference, in standard errors, that a two-sided t test sees with probability `power`.
+
+    Args:
+        df: degrees of freedom of the error.
+        alpha: level of the test.
+    """
+    bound = float(stats.t(df).ppf(1 - alpha / 2))
+    # over the errors that may be estimated, at the midpoints of a thousand equally probable parts
+    parts = (np.arange(1000) + 0.5) / 1000
+    bounds = bound * np.sqrt(stats.chi2(df).ppf(parts) / df)
+
+    def lacking(shift: float) -> float:
+        seen = stats.norm.sf(bounds - shift) + stats.norm.cdf(-bounds - shift)
+        return float(seen.mean()) - power
+
+    return float(optimize.brentq(lacking, 0.0, 10 * bound + 10))
 
 
 def prediction(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:

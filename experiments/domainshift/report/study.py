@@ -21,7 +21,14 @@ from domainshift.config import Test
 from domainshift.errors import RecordError, SuiteError
 from domainshift.methods import Method
 from domainshift.records.results import Result, evaluation_names, read_record
-from domainshift.records.schema import CONFIG, FAILURE, SUITE, TRAINING, SuiteIndex
+from domainshift.records.schema import (
+    CONFIG,
+    FAILURE,
+    SUITE,
+    TRAINING,
+    ClaimIndex,
+    SuiteIndex,
+)
 from domainshift.records.validate import Problem, read_result
 from domainshift.report import switches
 
@@ -94,9 +101,20 @@ class Study:
     planned: Sequence[str]  # names of results
     strays: Mapping[str, str] = field(default_factory=dict)  # finished, in no table -> why
     failed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # training -> its last lines
+    primary: Sequence[tuple[Arm, Arm]] = ()  # (arm, reference) that get verdicts
+    margin: float | None = None  # points within which their arms pass for equal
+    claims: Mapping[str, ClaimIndex] = field(default_factory=dict)  # published ones, by number
     profile: str | None = None
     command: str | None = None
     switches: Mapping[str, Mapping[str, Any]] | None = None  # that the suite gives each training
+
+    @functools.cached_property
+    def arms(self) -> dict[str, Arm]:
+        """Every arm by name, with what all tables have of it."""
+        by_name: dict[str, list[Arm]] = {}
+        for arm in (arm for table in self.tables for arm in table.arms):
+            by_name.setdefault(arm.name, []).append(arm)
+        return {name: merged(same) for name, same in by_name.items()}
 
     @functools.cached_property
     def missing(self) -> list[str]:
@@ -179,10 +197,12 @@ def planned_study(folder: Path, index: SuiteIndex) -> Study:
             problems.append(Problem(name, "unfinished", [line]))
     reasons = {True: f"no table of {SUITE} has it", False: f"{SUITE} does not have it"}
     strays = {n: f"finished, but {reasons[n in extra]}" for n in results if n not in cells}
+    tables, primary = indexed(index, results)
     return Study(
-        folder, index.suite, index.title, indexed(index, results), results, problems, list(cells),
-        strays, failed, index.profile, index.command,
-        {name: training.switches for name, training in index.trainings.items()},
+        folder, index.suite, index.title, tables, results, problems, list(cells), strays, failed,
+        primary=primary, margin=index.margin, claims=index.claims, profile=index.profile,
+        command=index.command,
+        switches={name: training.switches for name, training in index.trainings.items()},
     )  # fmt: skip
 
 
@@ -227,8 +247,13 @@ def misplaced(result: Result, cells: Sequence[Any], index: SuiteIndex) -> list[s
     return list(dict.fromkeys(lines))
 
 
-def indexed(index: SuiteIndex, results: Mapping[str, Result]) -> list[Table]:
-    """The tables of suite.json."""
+def indexed(
+    index: SuiteIndex, results: Mapping[str, Result]
+) -> tuple[list[Table], list[tuple[Arm, Arm]]]:
+    """The tables of suite.json, and its primary comparisons.
+
+    Each of these is also a comparison of the first table that has its arm.
+    """
     arms: dict[tuple[str, str], Arm] = {}
     by_name: dict[str, list[Arm]] = {}
     for table in index.tables:
@@ -238,17 +263,23 @@ def indexed(index: SuiteIndex, results: Mapping[str, Result]) -> list[Table]:
             arms[table.name, arm.name] = Arm(arm.name, planned, done)
             by_name.setdefault(arm.name, []).append(arms[table.name, arm.name])
     whole = {name: merged(same) for name, same in by_name.items()}
-    tables = []
+    tables, left = [], list(index.primary)
     try:
         for table in index.tables:
             own = {arm.name: arms[table.name, arm.name] for arm in table.arms}
+            first = [pair for pair in left if pair[0] in own]
+            left = [pair for pair in left if pair not in first]
             baseline = None if table.baseline is None else whole[table.baseline]
-            compare = [(own.get(a) or whole[a], own.get(b) or whole[b]) for a, b in table.compare]
+            compare = [
+                (own.get(a) or whole[a], own.get(b) or whole[b])
+                for a, b in dict.fromkeys([*first, *table.compare])
+            ]
             tables.append(Table(table.name, table.title, list(own.values()), table.note,
                                 table.published, baseline, compare))  # fmt: skip
+        primary = [(whole[a], whole[b]) for a, b in index.primary]
     except KeyError as error:
-        raise SuiteError(f"{SUITE}: table {table.name} names {error}, which is no arm") from None
-    return tables
+        raise SuiteError(f"{SUITE}: {error} is named, and is no arm") from None
+    return tables, primary
 
 
 def merged(arms: Sequence[Arm]) -> Arm:

@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from domainshift.config import Config, choices, preset_values
+from domainshift.config import Config, choices, preset, preset_values
 from domainshift.errors import ConfigError
 from domainshift.methods import METHODS, Method
 from domainshift.records.results import Result
 from domainshift.records.validate import method_of_record
 
 PROTOCOL_DATA = "PACS"  # of every published protocol
+
+# What the published rows of one protocol differ in, so that no value of it departs from them.
+VARIED = ("layers", "after", "every", "p_zero")
 
 
 def method_of(result: Result) -> type[Method]:
@@ -104,26 +107,34 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
     return {n: f"{n} {words(x)} -> {words(y)}" for n, (x, y) in values.items() if x != y}
 
 
-def departures(result: Result, but: Sequence[str] = ()) -> list[str]:
+def departures(result: Result, but: Sequence[str] = (), protocol: str | None = None) -> list[str]:
     """'name value (protocol: value)' where a result is not of the published protocol of its preset.
 
     The project's own preset follows no published protocol: only its data and weights can be less than
-    whole. The switches `but` are not looked at.
+    whole. A preset has a protocol for the switches of a method, at_eval among them, if it sets some.
+    `VARIED` and `but` are not looked at, nor is what a method sets by itself, as AdaBN bn_at_test.
+
+    Args:
+        protocol: another preset than the result's own.
     """
-    preset = result.training.places["preset"]
+    name = protocol or result.training.places["preset"]
+    mode, method = result.training.mode, method_of(result)
     try:
-        given = preset_values(preset, result.training.mode)
+        given = preset_values(name, mode)
     except ConfigError:
         return []
-    values = other_values(result) | {"data": result.training.data}
-    names = list(values)
-    if preset == Config.model_fields["preset"].default:
-        names = ["data", "limit", "image_size", "weights"]
-    defaults = {name: field.default for name, field in Config.model_fields.items()}
-    protocol = defaults | given | {"data": PROTOCOL_DATA}
+    values = all_values(result) | {"data": result.training.data}
+    has_method = mode in preset(name).get("modes", {})
+    compared = [n for n in values if n == "data" or n in Config.model_fields or has_method]
+    if name == Config.model_fields["preset"].default:
+        compared = ["data", "limit", "image_size", "weights"]
+    right = {n: field.default for n, field in Config.model_fields.items()}
+    right |= {n: default_of(method, n) for n in method.Options.model_fields}
+    right |= given | {"data": PROTOCOL_DATA}
+    skipped = {"mode", *VARIED, *but, *method.defaults}
     return [
-        f"{name} {words(values[name])} (protocol: {words(protocol[name])})"
-        for name in names
+        f"{n} {words(values[n])} (protocol: {words(right[n])})"
+        for n in compared
         # of amp a preset may say auto: float16 on a GPU and off without one is no departure
-        if name not in but and protocol[name] not in (values[name], "auto")
+        if n not in skipped and right.get(n) not in (values[n], "auto")
     ]

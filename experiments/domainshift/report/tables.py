@@ -10,15 +10,15 @@ from domainshift.report import published
 from domainshift.report.comparisons import (
     FIGURE,
     Comparison,
+    Comparisons,
     Matchups,
-    compare,
+    Verdict,
     counted,
     over_seeds,
-    p_text,
-    same_results,
     signed,
     with_interval,
 )
+from domainshift.report.findings import nearly_all
 from domainshift.report.published import Published
 from domainshift.report.statistics import mean, spread, wilson
 from domainshift.report.study import Arm, Pair, Table
@@ -77,17 +77,16 @@ class Line(NamedTuple):
 def lines_of(
     table: Table,
     matched: Matchups,
-    comparisons: Sequence[Comparison],
+    comparisons: Comparisons,
     rows: Sequence[published.Row],
 ) -> list[Line]:
     """For each arm its mean over the table's pairs, if there are several, then each pair.
 
     Args:
         matched: of the table.
-        comparisons: all of the suite.
+        comparisons: of the suite.
         rows: `published.rows()`.
     """
-    known = {(c.reference.name, same_results(c.arm, c.reference)): c for c in comparisons}
     controls: dict[str, list[Arm]] = {}
     for arm, reference in matched.controls:
         if table.baseline is None or reference.name != table.baseline.name:
@@ -97,32 +96,20 @@ def lines_of(
         pairs = [pair for pair in table.pairs if pair in arm.pairs]
         base = [table.baseline] if table.baseline and arm is not table.baseline else []
         references = base + controls.get(arm.name, [])
-        wholes = [known.get((r.name, same_results(arm, r))) for r in references]
         for pair in [None, *pairs] if len(pairs) > 1 else pairs:
             over = pairs if pair is None else [pair]
             keys = [key for key in arm.planned if key[:2] in over]
             results = [arm.results[key] for key in sorted(keys) if key in arm.results]
-            if pair is None:
-                own = wholes
-            else:
-                own = [
-                    whole if whole and len(pairs) == 1 else of_pair(table, arm, reference, over, whole)
-                    for reference, whole in zip(references, wholes, strict=True)
-                ]  # fmt: skip
+            own = [
+                comparisons.of(table, arm, reference, None if pair is None else over)
+                for reference in references
+            ]
             beside = published.find(results[0], table.published, rows) if results and pair else None
             lines.append(
                 Line(arm, pair, over, results, len(keys), beside, own[0] if base else None,
-                     [c for c in own[len(base) :] if c])
+                     own[len(base) :])
             )  # fmt: skip
     return lines
-
-
-def of_pair(
-    table: Table, arm: Arm, reference: Arm, pairs: Sequence[Pair], whole: Comparison | None
-) -> Comparison:
-    """A comparison on one pair of several: it has an interval and no verdict."""
-    confounds = whole.confounds if whole else ()
-    return compare(arm, reference, table.name, pairs)._replace(confounds=confounds)
 
 
 # --- cells ------------------------------------------------------------------------------------
@@ -174,12 +161,8 @@ def difference_text(line: Line) -> str:
 
 
 def controls_text(line: Line) -> str:
-    """'bn-only: +4.7 ± 2.9, p 0.040', one after the other."""
-    texts = [
-        f"{c.reference.name}: {difference(c, line.pairs)}"
-        + ("" if c.adjusted is None else f", p {p_text(c.adjusted)}")
-        for c in line.controls
-    ]
+    """'bn-only: +4.7 ± 2.9', one after the other."""
+    texts = [f"{c.reference.name}: {difference(c, line.pairs)}" for c in line.controls]
     return " / ".join(texts)
 
 
@@ -187,8 +170,9 @@ def difference(comparison: Comparison, pairs: Sequence[Pair]) -> str:
     """'+4.7 ± 2.9', and what a reader must know of it where it stands in a line of `pairs`."""
     e = comparison.estimate
     if e is None:
-        return comparison.verdict
-    text = f"{signed(e.mean)}; {comparison.verdict}" if e.low is None else with_interval(e)
+        return Verdict.NOTHING
+    why = Verdict.ONE_SEED if e.n == 1 else Verdict.NO_SPREAD
+    text = f"{signed(e.mean)}; {why}" if e.low is None else with_interval(e)
     text += f"; {comparison.gaps}" if comparison.gaps else ""
     if set(comparison.pairs) == set(pairs):
         return text
@@ -199,10 +183,13 @@ def difference(comparison: Comparison, pairs: Sequence[Pair]) -> str:
 
 
 def verdict_text(line: Line) -> str:
-    c = line.comparison
-    if c is None or c.adjusted is None:
-        return ""
-    return f"{c.verdict} (p {p_text(c.adjusted)}){', confounded' if c.confounds else ''}"
+    """The verdicts of the line's primary comparisons."""
+    texts = []
+    for c in ([line.comparison] if line.comparison else []) + list(line.controls):
+        if c.primary:
+            beside = "" if c is line.comparison else f"{c.reference.name}: "
+            texts.append(beside + c.verdict_words)
+    return " / ".join(texts)
 
 
 def counts_text(line: Line) -> str:
@@ -222,9 +209,11 @@ def majority_text(line: Line) -> str:
 
 
 def flags_text(line: Line) -> str:
-    collapsed = sum(result.evaluation.collapsed for result in line.results)
+    shares = [share for r in line.results if (share := nearly_all(r)) is not None]
     total = counted(len(line.results), "run")
-    flags = [f"one class in {collapsed} of {total}"] if collapsed else []
+    flags = []
+    if shares:
+        flags = [f"one class for {100 * max(shares):.0f} % in {len(shares)} of {total}"]
     beside: dict[str, list[str]] = {}
     for c in ([line.comparison] if line.comparison else []) + list(line.controls):
         if c.confounds:
@@ -301,7 +290,7 @@ def numbers(line: Line, verdicts: bool) -> dict[str, object]:
         "correct": " ".join(str(result.evaluation.correct) for result in single),
         "target_total": single[0].evaluation.total if single else None,
         "majority_rate": single[0].evaluation.majority_rate if single else None,
-        "collapsed_runs": sum(result.evaluation.collapsed for result in line.results),
+        "collapsed_runs": sum(nearly_all(result) is not None for result in line.results),
     }
     for name, key in FIGURES.items():
         values = line.values(key)
@@ -324,7 +313,9 @@ def numbers(line: Line, verdicts: bool) -> dict[str, object]:
         "difference_missing": len(c.missing) if c else None,
         "difference_left_out": len(c.left_out) if c else None,
         "p_holm": c.adjusted if c else None,
-        "verdict": c.verdict if c and c.adjusted is not None and verdicts else None,
+        "p_equal": c.adjusted_equal if c else None,
+        "smallest": c.smallest if c else None,
+        "verdict": c.verdict if c and verdicts else None,
         "confounds": "; ".join(c.confounds) if c else None,
     } | control_numbers(line.controls, verdicts)  # fmt: skip
 
@@ -343,8 +334,7 @@ def control_numbers(controls: Sequence[Comparison], verdicts: bool) -> Mapping[s
         "control_high": each(lambda c: c.estimate and c.estimate.high),
         "control_pairs": each(lambda c: " ".join(map("-".join, c.pairs))),
         "control_p_holm": each(lambda c: c.adjusted),
-        "control_verdict": each(
-            lambda c: c.verdict if c.adjusted is not None and verdicts else None
-        ),
+        "control_p_equal": each(lambda c: c.adjusted_equal),
+        "control_verdict": each(lambda c: c.verdict if verdicts else None),
         "control_confounds": each(lambda c: ", ".join(c.confounds)),
     }

@@ -29,7 +29,14 @@ from domainshift.errors import BadInput, SuiteError
 from domainshift.methods import load_method_file
 from domainshift.progress import Screen
 from domainshift.records.results import read_evaluation
-from domainshift.records.schema import CHECKPOINT, FAILURE, SUITE, SuiteIndex, TrainingIndex
+from domainshift.records.schema import (
+    CHECKPOINT,
+    FAILURE,
+    SUITE,
+    ClaimIndex,
+    SuiteIndex,
+    TrainingIndex,
+)
 from domainshift.records.validate import check
 from domainshift.sweep import state
 from domainshift.sweep.cluster import Cluster
@@ -306,6 +313,9 @@ def run_suite(flags: Namespace, screen: Screen) -> int:
             profile=flags.profile,
             title=suite.title,
             command=whole_command(flags),
+            primary=suite.primary,
+            margin=suite.margin,
+            claims={number: ClaimIndex(**c.given()) for number, c in suite.claims.items()},
             tables=plan.tables,
             trainings={
                 job.name: TrainingIndex(key=job.key, switches=job.values, tests=job.tests)

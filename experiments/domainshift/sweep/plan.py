@@ -15,7 +15,8 @@ from domainshift.config import Config, Test, differing, preset_values
 from domainshift.data import DataSet, open_data
 from domainshift.errors import ConfigError, SuiteError
 from domainshift.methods import METHODS, Method, load_method_file, method_named
-from domainshift.records.schema import ArmIndex, Cell, TableIndex
+from domainshift.records.claims import arms_of_claim
+from domainshift.records.schema import ArmIndex, Cell, ClaimIndex, TableIndex
 from domainshift.setup import Setup, default_data, set_up, targets_of_training, training_key
 from domainshift.sweep.schema import Suite, Table
 
@@ -214,14 +215,25 @@ def expand(suite: Suite, forced: Mapping[str, Any], device: str) -> Plan:
                 arms=list(arms.values()),
             )
         )
-    check_arms(tables)
+    check_arms(suite, tables)
     jobs = sorted(planner.jobs.values(), key=lambda job: job.setup.config.seed)
     return Plan(tables, jobs, list(planner.warnings))
 
 
-def check_arms(tables: Sequence[TableIndex]) -> None:
-    """Raises SuiteError for a comparison with an arm that no table has."""
+def check_arms(suite: Suite, tables: Sequence[TableIndex]) -> None:
+    """Raises SuiteError for a comparison or a claim with an arm that no table has."""
     known = {arm.name for table in tables for arm in table.arms}
+    for name in itertools.chain(*suite.primary):
+        if name not in known:
+            raise SuiteError(f"primary: no arm {name!r}")
+    for number, claim in suite.claims.items():
+        try:
+            arms = arms_of_claim(ClaimIndex(**claim.given()))
+        except ValueError as error:
+            raise SuiteError(f"claim {number}: {error}") from None
+        for name in arms:
+            if name not in known:
+                raise SuiteError(f"claim {number}: no arm {name!r}")
     for table in tables:
         if table.baseline not in {None, *known}:
             raise SuiteError(f"table {table.name}: baseline: no arm {table.baseline!r}")

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Len
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from domainshift.config import REPOSITORY
+from domainshift.config import REPOSITORY, Positive
 from domainshift.errors import SuiteError
 from domainshift.files import YAML_LOADER
 
@@ -36,6 +45,12 @@ def _two_names(pair: Any) -> Any:
     if isinstance(pair, list) and len(pair) == 2 and pair[0] != pair[1]:
         return tuple(pair)
     raise ValueError("a pair is needed")
+
+
+def _at_most_six(pairs: list) -> list:
+    if len(pairs) > 6:
+        raise ValueError("more than six")
+    return pairs
 
 
 Domains = Annotated[list[str], Len(1), AfterValidator(_different)]
@@ -97,6 +112,43 @@ class Table(TableKeys):
     title: str = key(..., "what the table is of", "text")
 
 
+class Claim(Keys):
+    """A published claim, and the rule that decides it: one of rules, trend, collapse, undecidable."""
+
+    says: str = key(..., "the claim in a sentence", "text")
+    rules: list[str] | None = key(
+        None,
+        "what must hold on each target: arms with + and - between them, on both sides of >, < or =",
+        "a list of rules, such as random-conv1-p0.7 > baseline",
+    )
+    figure: Literal["accuracy", "unsteadiness"] = key(
+        "accuracy",
+        "what the rules are about; unsteadiness: the spread of a run's last ten epochs",
+        "accuracy | unsteadiness",
+    )
+    targets: Domains | None = key(None, "in place of every target of the arms", DOMAINS)
+    margin: Positive | None = key(
+        None, "points within which a rule with = holds; none: the suite's", "a number above 0"
+    )
+    trend: Pair | None = key(
+        None,
+        "an arm and a reference: their difference grows with the reference's error",
+        "[arm, reference], two names",
+    )
+    collapse: list[str] | None = key(
+        None, "arms that call nearly all images one class", "a list of names of arms"
+    )
+    undecidable: str | None = key(None, "why no run of the suite can decide it", "text")
+    note: str | None = key(None, "what a reader must know of it", "text")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Claim:
+        given = [n for n in ("rules", "trend", "collapse", "undecidable") if getattr(self, n)]
+        if len(given) != 1:
+            raise PydanticCustomError("one_rule", "one of rules, trend, collapse, undecidable")
+        return self
+
+
 class Profile(Keys):
     """Another size of the same study."""
 
@@ -117,6 +169,17 @@ class Suite(Keys):
         ..., "domains to test on; every pair of two different domains is tested", DOMAINS
     )
     seeds: Seeds = key(..., "every arm is trained with each", SEEDS)
+    primary: Annotated[list[Pair], AfterValidator(_at_most_six)] = key(
+        [],
+        "the comparisons that the study is made for: they alone get verdicts, on each target",
+        "a list of at most six [arm, reference]",
+    )
+    margin: Positive | None = key(
+        None,
+        "points within which the arms of a primary comparison pass for equal",
+        "a number above 0",
+    )
+    claims: dict[str, Claim] = key({}, "published claims by number", "by number")
     tables: Annotated[dict[str, Table], Len(1)] = key(
         ..., "tables by name", "at least one table, by name"
     )
@@ -193,15 +256,18 @@ def first_fault(error: ValidationError) -> str:
     bad_name = loc[-1:] == ["[key]"]  # of a mapping of free names
     model: type[Keys] = Suite
     place, rest = [], loc
-    while len(rest) > 1 and rest[0] in ("tables", "profiles"):
+    while len(rest) > 1 and rest[0] in ("tables", "profiles", "claims"):
         if rest[1:] == [rest[1], "[key]"]:
             break
-        model = Profile if rest[0] == "profiles" else Table if model is Suite else TableKeys
+        inner = {"profiles": Profile, "claims": Claim}
+        model = inner.get(rest[0]) or (Table if model is Suite else TableKeys)
         place.append(f"{rest[0][:-1]} {rest[1]}")
         rest = rest[2:]
     where = "".join(f"{part}: " for part in place)
     if kind == "extra_forbidden":
         return f"{where}unknown key {rest[0]!r}; allowed: {', '.join(model.model_fields)}"
+    if kind == "one_rule":
+        return f"{where}allowed: {fault['msg']}"
     if kind == "missing":
         return f"{where}the key {rest[0]!r} is missing"
     if not rest:
@@ -222,6 +288,7 @@ def documentation() -> str:
     for heading, model in (
         ("", Suite),
         ("A table, in `tables`", Table),
+        ("A claim, in `claims`", Claim),
         ("A profile, in `profiles`", Profile),
     ):
         parts.append("\n".join([*([f"{heading}:"] if heading else []), *_lines(model)]))

@@ -29,6 +29,7 @@ from domainshift.config import Config
 from domainshift.data.images import (
     Domain,
     LabelledImages,
+    ShuffledImages,
     UnlabelledImages,
     test_transform,
     train_transform,
@@ -115,9 +116,11 @@ class TrainingImages:
 
     def beside(self, config: Config, epoch: int, number: int) -> Any:
         """The images of one other domain that go with an epoch's source images, in batches."""
-        augment = train_transform if config.options.target_transform == "train" else test_transform
+        transform = config.options.target_transform
+        augment = test_transform if transform == "test" else train_transform
+        kind = ShuffledImages if transform == "shuffled" else UnlabelledImages
         stream = np.random.SeedSequence([config.seed, TARGET_AUGMENTATION, number])
-        dataset = UnlabelledImages(
+        dataset = kind(
             *self.others[number],
             augment(config.image_size),
             seed=int(stream.generate_state(1)[0] >> 1),

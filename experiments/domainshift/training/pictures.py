@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from domainshift import files
 from domainshift.config import Config
-from domainshift.data.images import UnlabelledImages, test_transform
+from domainshift.data.images import ShuffledImages, UnlabelledImages, test_transform
 from domainshift.methods import Method
 from domainshift.records.results import percent
 from domainshift.records.schema import EvaluationRecord, Row
@@ -113,10 +113,12 @@ def maps(path: Path, method: Method, images: TrainingImages) -> None:
     inputs = network_input(images.source.images, places, config)
     pictures = [(f"source: {config.source}", images.source.images[places[0]])]
     recorded = []  # images whose maps are recorded, a batch for each of their domains
+    shuffled = getattr(config.options, "target_transform", "") == "shuffled"
+    kind = ShuffledImages if shuffled else UnlabelledImages
     for name, (other, indices) in zip(method.others(config), images.others, strict=True):
         rows = spread(indices)
-        pictures.append((f"maps of {name}", other[rows[0]]))
-        recorded.append(network_input(other, rows, config))
+        pictures.append((f"maps of {name}" + ", shuffled" * shuffled, other[rows[0]]))
+        recorded.append(network_input(other, rows, config, kind))
     before, after = activations(method, names, inputs, recorded, ones=False)
     # shaping a map of ones gives the map that shaping multiplies by
     _, masks = activations(method, names, inputs, recorded, ones=True)
@@ -147,9 +149,14 @@ def spread(indices: Sequence[int]) -> list[int]:
     return [int(indices[place]) for place in [*places[middle:], *places[:middle]]]
 
 
-def network_input(images: np.ndarray, rows: Sequence[int], config: Config) -> Tensor:
+def network_input(
+    images: np.ndarray,
+    rows: Sequence[int],
+    config: Config,
+    kind: type[UnlabelledImages] = UnlabelledImages,
+) -> Tensor:
     """float32 (len(rows), 3, S, S): those images as the network is tested on them."""
-    dataset = UnlabelledImages(images, rows, test_transform(config.image_size))
+    dataset = kind(images, rows, test_transform(config.image_size))
     return torch.stack([dataset[i] for i in range(len(dataset))]).to(config.device)
 
 

@@ -8,8 +8,10 @@ import torch
 from domainshift.data import open_data
 from domainshift.data.images import (
     LabelledImages,
+    ShuffledImages,
     UnlabelledImages,
     mix,
+    shuffled,
     test_transform,
     train_transform,
 )
@@ -73,6 +75,44 @@ def test_augmentation_depends_on_seed_epoch_and_index_only(toy):
     twins = np.stack([toy.images[0]] * 2)
     left, right = UnlabelledImages(twins, [0, 1], train_transform(32))
     assert not torch.equal(left, right)
+
+
+def patches_of(image):
+    """The patches of 16 x 16 pixels of (3, S, S), row by row, as tuples of numbers."""
+    parts = (
+        image.unfold(1, 16, 16).unfold(2, 16, 16).permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
+    )
+    return [tuple(part.tolist()) for part in parts]
+
+
+def test_shuffled_images_have_the_patches_of_the_image_in_another_order(toy):
+    plain = UnlabelledImages(toy.images, range(6), train_transform(64), seed=1, epoch=2)
+    shuffles = ShuffledImages(toy.images, range(6), train_transform(64), seed=1, epoch=2)
+    for image, moved in zip(plain, shuffles, strict=True):
+        assert patches_of(moved) != patches_of(image)
+        assert sorted(patches_of(moved)) == sorted(patches_of(image))
+
+
+def test_the_order_of_patches_depends_on_seed_epoch_and_index_only(toy):
+    def orders(indices, part, **where):
+        dataset = ShuffledImages(toy.images, indices, train_transform(64), **where)
+        return dataset.patch_orders(part, 64).tolist()
+
+    base = orders([7, 8], [0], seed=1, epoch=2)
+    assert base == orders([3, 8, 7], [2], seed=1, epoch=2)
+    assert base + orders([8], [0], seed=1, epoch=2) == orders([7, 8], [0, 1], seed=1, epoch=2)
+    others = [([7], {"seed": 2, "epoch": 2}), ([7], {"seed": 1, "epoch": 3}),
+              ([8], {"seed": 1, "epoch": 2})]  # fmt: skip
+    for indices, where in others:
+        assert orders(indices, [0], **where) != base
+
+
+def test_shuffling_by_hand():
+    image = torch.arange(4.0).repeat_interleave(16).view(2, 1, 2, 16)  # one number for each patch
+    image = image.expand(2, 16, 2, 16).reshape(1, 1, 32, 32)
+    moved = shuffled(image, torch.tensor([[2, 0, 3, 1]]))
+    assert moved[0, 0, ::16, ::16].tolist() == [[2, 0], [3, 1]]
+    assert sorted(moved.unique().tolist()) == [0, 1, 2, 3] and (moved == 2).sum() == 256
 
 
 def test_epoch_can_be_set(toy):

@@ -25,6 +25,8 @@ ARMS = {
     "channel": {"mode": "random", "layers": (1,), "mask_unit": "channel"},
     "block": {"mode": "random", "layers": (1,), "mask_unit": "block", "block_size": 3},
     "dropout2d": {"mode": "dropout2d", "layers": (1,)},
+    "rescaled": {"mode": "random-rescaled", "layers": (1,)},
+    "mixstyle": {"mode": "mixstyle", "layers": (1,), "mix_probability": 1},
     "dann": {"mode": "dann"},
     "da": {"mode": "da", "layers": (1,)},
     "bn-only": {"mode": "da", "layers": (1,), "apply_maps": False, "record_mode": "train"},
@@ -51,13 +53,22 @@ def weights(method):
 
 
 def test_every_method_is_a_class_of_its_own():
-    names = ["baseline", "random", "da", "adabn", "dropout2d", "dann"]
+    names = [
+        "baseline",
+        "random",
+        "da",
+        "adabn",
+        "dropout2d",
+        "random-rescaled",
+        "mixstyle",
+        "dann",
+    ]
     assert list(METHODS) == names
-    assert len(set(METHODS.values())) == 6
+    assert len(set(METHODS.values())) == len(names)
     assert all(issubclass(kind, Method) and name == kind.name for name, kind in METHODS.items())
     assert [kind for kind in METHODS.values() if kind.uses_target] == [TargetMaps, Dann]
     assert [kind for kind in METHODS.values() if kind.uses_progress] == [Dann]
-    assert len({kind.title for kind in METHODS.values()}) == 6
+    assert len({kind.title for kind in METHODS.values()}) == len(names)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,21 @@ def test_loss_and_gradients_by_hand(weight):
     torch.testing.assert_close(gradients[2], of_fc)
 
 
+def test_with_weight_0_the_joint_batch_alone_is_left():
+    """The gradients are those of the classification loss on source images, whatever the head says."""
+    method, labels = dann(dann_weight=0), torch.arange(6)
+    method.progress = 0.5
+    method.loss(SOURCE, labels, TARGET)[0].backward()
+    classes = F.cross_entropy(method.model(SOURCE), labels)
+    for p, expected in zip(
+        method.model.parameters(),
+        torch.autograd.grad(classes, list(method.model.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(p.grad, expected)
+    assert not method.head[0].weight.grad.any()
+
+
 def test_heads_learn_faster_if_asked_and_the_schedule_drops_both():
     method = method_with(mode="dann", dann_lr_factor=10, epochs=1, lr=0.02)
     body, heads = method.optimizer.param_groups

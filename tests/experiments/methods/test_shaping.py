@@ -24,6 +24,7 @@ def test_layers_of_a_configuration_are_those_of_its_network():
 
     assert names("baseline") == names("adabn") == names("dann") == ()
     assert names("random") == names("dropout2d") == ("layer2.1.conv2",)  # conv 10
+    assert names("mixstyle") == names("mixstyle", model="resnet50") == ("layer1", "layer2")
     assert names("da") == ("layer1.1.conv1",)  # conv 4
     assert names("da", layers=(1, "layer4.*.conv2")) == (
         "conv1",
@@ -37,7 +38,7 @@ def test_layers_of_a_configuration_are_those_of_its_network():
     assert names("da", apply_maps=False) == ()  # nothing is shaped
 
 
-@pytest.mark.parametrize("mode", ["random", "da", "dropout2d"])
+@pytest.mark.parametrize("mode", ["random", "da", "dropout2d", "mixstyle"])
 def test_layers_that_are_not_there_are_refused(mode):
     with pytest.raises(ConfigError, match=r"layers: there is no conv 21; this model has 1 conv1"):
         METHODS[mode].layer_names(config_of(mode, layers=(21,)))
@@ -47,7 +48,7 @@ def test_layers_that_are_not_there_are_refused(mode):
         method_with(mode=mode, layers=(3,))
 
 
-@pytest.mark.parametrize("mode", ["random", "da", "dropout2d"])
+@pytest.mark.parametrize("mode", ["random", "da", "dropout2d", "random-rescaled", "mixstyle"])
 def test_a_method_shapes_the_layers_that_it_names(mode):
     method = method_with(mode=mode, layers=(1, 2))
     assert method.layers == ("0", "3")
@@ -117,6 +118,7 @@ def test_hooks_serve_a_layer_whose_output_goes_elsewhere_in_evaluation():
     [
         {"mode": "random", "mask_unit": "channel"},
         {"mode": "random", "epsilon": 0.1},
+        {"mode": "random-rescaled"},
         {"mode": "da", "top_k": 0.5},
         {"mode": "da", "mask_sources": ("photo",)},
         {"mode": "da", "record_mode": "train"},
@@ -128,7 +130,8 @@ def test_options_that_the_package_lacks_are_served_by_own_hooks(values):
     with METHODS[config.mode].attach(net(), config) as attachment:
         assert isinstance(attachment, masks.Maps)
     with METHODS[config.mode].attach(net(), config_of(values["mode"], layers=(1,))) as attachment:
-        assert isinstance(attachment, fastshape.Attachment)
+        own = config.mode == "random-rescaled"  # which has no form in the package
+        assert isinstance(attachment, masks.Maps if own else fastshape.Attachment)
 
 
 @pytest.mark.parametrize("mode", ["random", "da"])
@@ -309,6 +312,11 @@ CONTROLS = [
     ({"bn_at_test": "source"}, {"mode": "da"}, False),
     ({"bn_at_test": "source"}, {"bn_at_test": "source"}, False),
     ({}, RANDOM, False),
+    ({"mode": "dann", "dann_weight": 0}, {"mode": "dann"}, True),
+    ({"mode": "dann", "dann_weight": 0}, {"mode": "dann", "dann_lr_factor": 10}, False),
+    ({"mode": "dann", "dann_weight": 0}, {"mode": "dann", "bn_at_test": "source"}, False),
+    ({"mode": "dann", "dann_weight": 0}, {"mode": "dann", "dann_weight": 0}, False),
+    ({"mode": "dann"}, {"mode": "dann", "dann_weight": 0}, False),
     ({"mode": "adabn", "bn_at_test": "target"}, {"mode": "da", "bn_at_test": "target"}, False),
 ]
 
@@ -349,6 +357,24 @@ WORDS = [
         {"mode": "da", "apply_maps": False, "record_mode": "train"},
         "images of the target through BatchNorm in train mode, no maps",
     ),
+    (
+        {"mode": "da", "target_transform": "shuffled"},
+        "binarized maps of shuffled images of the target after conv 4",
+    ),
+    (
+        {"mode": "da", "target_transform": "shuffled", "apply_maps": False},
+        "shuffled images of the target through BatchNorm in eval mode, no maps",
+    ),
+    (
+        {"mode": "random-rescaled"},
+        "random maps after conv 10, p_zero 0.5, rescaled by 1 / (1 - p_zero)",
+    ),
+    ({"mode": "random-rescaled", "p_zero": (0.0,)}, "binarization alone after conv 10"),
+    (
+        {"mode": "mixstyle"},
+        "mixed channel statistics after layer1, layer2, probability 0.5, alpha 0.1",
+    ),
+    ({"mode": "dann", "dann_weight": 0}, "source and target images in one batch, no domain loss"),
     ({"mode": "dropout2d"}, "dropout of channels after conv 10, rate 0.5"),
     ({"mode": "dann"}, "domain-adversarial training, weight 0.5"),
 ]
@@ -361,5 +387,6 @@ def test_a_method_in_words(values, words):
 
 def test_what_an_activation_is_multiplied_by():
     words = {name: method.map_words for name, method in METHODS.items() if method.map_words}
-    assert words == {"random": "map drawn at random", "da": "map of the target image"}
+    drawn = "map drawn at random"
+    assert words == {"random": drawn, "random-rescaled": drawn, "da": "map of the target image"}
     assert TargetMaps.aliases == ("target",)

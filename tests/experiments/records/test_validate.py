@@ -2,14 +2,30 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from domainshift import command, files
+from domainshift.config import validated
+from domainshift.distributed import parts
+from domainshift.methods import method_named
+from domainshift.methods.masks import random_blocks
 from domainshift.records import results
 from domainshift.records.results import read_evaluation, read_training, seal
-from domainshift.records.schema import EVALUATIONS, METRICS, TRAINING, VERSION
-from domainshift.records.validate import check, read_result
+from domainshift.records.schema import EVALUATIONS, METRICS, TRAINING, VERSION, Count
+from domainshift.records.validate import (
+    check,
+    count_differences,
+    held_out_of,
+    last_pass,
+    limits_of_maps,
+    loss_faults,
+    prediction_faults,
+    rate_faults,
+    read_result,
+)
 from domainshift.training import pictures
 
 TEST = "sketch-bn-source"
@@ -104,11 +120,14 @@ WRONG = [
     ({"change_row": (2, {"bn_untouched": False})}, r"bn_untouched is False, not True"),
     ({"change_row": (1, {"source_train_total": 13})}, r"source_train_total is 13, not 14"),
     ({"change_row": (2, {"epoch": 3})}, r"epoch 2: epoch is 3, not 2"),
-    ({"change_row": (1, {"run": "another"})}, r"epoch 1 is of run another, training.json of run"),
+    ({"change_row": (1, {"run": "another"})}, r"epoch 1: run is 'another', not '\w{32}'"),
     ({"change_row": (1, {"skipped": 1}), "skipped": 0}, r"skipped is 0; the rest gives 1"),
     ({"versions": {}}, r"versions is {}; the rest gives"),
     ({"drop": True}, r"metrics.jsonl has 1 epochs; 4 updates take 2"),
-    ({"held_out": [0] * 7}, r"0 images are held out, but holdout is 0.1"),
+    (
+        {"held_out": [0] * 7},
+        r"held_out is \[0, .*\]; holdout 0.1 of \[3, .*\] images holds out \[1, ",
+    ),
     ({"targets": ["art_painting"]}, r"art_painting is source and target"),
     ({"seed": 1}, r"seed is 1; the rest gives 0"),
     ({"train_loss": 0.5}, r"train_loss is 0.5; the rest gives"),
@@ -133,8 +152,9 @@ def resealed_evaluation(folder, **fields):
 def test_a_seal_of_its_own_does_not_help_a_wrong_evaluation(folder):
     record = read_evaluation(folder, TEST)
     more = record.correct + 1
-    (problem,) = resealed_evaluation(folder, correct=more)
-    assert f"correct is {more}, not {record.correct}" in problem
+    alone, beside = resealed_evaluation(folder, correct=more)
+    assert f"correct is {more}, not {record.correct}" in alone
+    assert f"epoch 2: test {TEST}: correct is {record.correct}; the record has {more}" in beside
     confusion = [list(row) for row in record.confusion]
     confusion[0][0] += 1
     problems = resealed_evaluation(folder, confusion=confusion, correct=record.correct)
@@ -210,3 +230,174 @@ def test_choices_of_an_epoch_stand_beside_the_last(folder):
     assert summary["oracle_epoch"] == correct.index(max(correct)) + 1
     held = [row.tests["art_painting-holdout-bn-source"].correct for row in result.rows]
     assert summary["selected_epoch"] == held.index(max(held)) + 1
+
+
+# --- a training that grew, schedules and maps -------------------------------------------------
+
+
+def test_a_training_that_grew_has_the_rates_of_its_length(tmp_path):
+    """Five epochs drop the rate after four; six do so too, so five may grow to six."""
+    words = (
+        "--data toy --limit 2 --image-size 64 --batch-size 14 --device cpu --weights none --mode "
+        "baseline --amp off --preset course-template --target sketch"
+    ).split()
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "curves", lambda *_: None)
+        assert command.main([*words, "--epochs", "5", "--out", str(folder)]) == 0
+        more = ["--epochs", "6", "--resume", "--out", str(folder)]
+        assert command.main([*words, *more]) == 0
+    _, rows = read_training(folder)
+    assert [row.lr for row in rows] == pytest.approx([0.01] * 4 + [0.001] * 2)
+    assert check(folder) == []
+
+
+def config_with(**values):
+    method = method_named(values.get("mode", "baseline"))
+    return validated({"epochs": 30, "lr": 0.1, "gamma": 0.5, "step_fraction": 0.8} | values, method)
+
+
+def row_with(rate, row):
+    return row.model_copy(update={"lr": rate})
+
+
+@pytest.mark.parametrize(
+    "values, images, rates",
+    [
+        ({"epochs": 3}, 20, [0.1, 0.1, 0.05]),  # int(0.8 * 3) = 2 epochs
+        ({"epochs": 1}, 20, [0.1]),
+        # int(0.8 * 10) = 8 updates, three an epoch
+        ({"epochs": None, "updates": 10, "batch_size": 8}, 20, [0.1, 0.1, 0.1, 0.05]),
+        ({"mode": "dann", "dann_lr_factor": 3.0, "epochs": 3}, 20, [0.1, 0.1, 0.05]),
+        ({"epochs": 3, "gamma": 1.0}, 20, [0.1, 0.1, 0.1]),
+    ],
+)
+def test_rates_follow_from_the_schedule(finished, values, images, rates):
+    _, rows = read_training(finished)
+    config = config_with(**values)
+    made = [row_with(rate, rows[0]) for rate in rates]
+    assert list(rate_faults(config, made, images)) == []
+    wrong = [row_with(rates[0] * 1.001, rows[0]), *made[1:]]
+    ((rule, text),) = rate_faults(config, wrong, images)
+    assert rule == "rates" and "lr is 0.1001; the switches give 0.1" in text
+
+
+@pytest.mark.parametrize("unit", ["element", "channel", "block"])
+@pytest.mark.parametrize("p_zero", [0.01, 0.5, 0.9])
+def test_random_maps_are_within_the_limits_of_chance(unit, p_zero):
+    """Three images of a small layer, where chance moves most."""
+    config = config_with(
+        mode="random", p_zero=p_zero, mask_unit=unit, block_size=3 if unit == "block" else None
+    )
+    shape, torch_state = (16, 7, 7), torch.random.get_rng_state()
+    limits = limits_of_maps(config, ["layer"], {"layer": [shape]}, 3)["layer"]
+    side = {"element": 1, "channel": None, "block": 3}[unit]
+    for _ in range(50):
+        density = random_blocks(torch.empty(3, *shape), p_zero, side).density()
+        assert limits.fault(density) is None
+    torch.random.set_rng_state(torch_state)
+    if unit == "element" and p_zero == 0.5:
+        assert 0.3 < limits.least < limits.most < 0.7
+
+
+@pytest.mark.parametrize(
+    "images, accumulate, expected", [(8, 1, 8), (8, 3, 2), (7, 3, 1), (5, 5, 1)]
+)
+def test_images_of_the_last_pass(images, accumulate, expected):
+    assert last_pass(images, accumulate) == expected == parts(images, accumulate)[-1].whole
+
+
+# --- tests of the last epoch, losses and logits -----------------------------------------------
+
+
+def test_the_last_epoch_has_the_figures_of_the_record(folder):
+    record, rows = read_training(folder)
+    for name, value in (("correct", 0), ("loss", 9.0), ("batch_loss", 9.0), ("total", 3)):
+        counts = rows[-1].tests | {TEST: rows[-1].tests[TEST].model_copy(update={name: value})}
+        problems = resealed_training(folder, change_row=(2, {"tests": counts}))
+        assert any(f"epoch 2: test {TEST}: {name} is {value}" in line for line in problems)
+
+
+def test_a_test_that_was_made_again_elsewhere_may_round_otherwise(folder):
+    record, rows = read_training(folder)
+    there = read_evaluation(folder, TEST)
+    versions = there.versions | {"device": "another"}
+    loss = there.loss * 1.001
+    count = rows[-1].tests[TEST]
+    rows[-1] = rows[-1].model_copy(
+        update={"tests": {TEST: count.model_copy(update={"loss": loss, "correct": there.correct})}}
+    )
+    assert list(count_differences(record, rows, there))
+    elsewhere = there.model_copy(update={"versions": versions})
+    assert list(count_differences(record, rows, elsewhere)) == []
+    far = there.model_copy(update={"versions": versions, "loss": loss * 2})
+    assert any("loss is" in words for _, words in count_differences(record, rows, far))
+
+
+def test_losses_that_are_not_those_of_the_logits(folder):
+    record = read_evaluation(folder, TEST)
+    problems = resealed_evaluation(folder, loss=record.loss + 0.1)
+    assert any(re.search(r"loss is \S+; the logits give", line) for line in problems)
+    problems = resealed_evaluation(folder, loss=record.loss, batch_loss=record.batch_loss * 1.1)
+    assert any(re.search(r"batch_loss is \S+; the logits give", line) for line in problems)
+
+
+@pytest.mark.parametrize(
+    "loss, batch_loss, total, sound",
+    [
+        (2.0, 0.25, 16, True),  # whole batches of 8
+        (2.0, 0.2501, 16, False),
+        (2.0, 0.3, 21, True),  # five images in the last batch: 0.25 to 0.4
+        (2.0, 0.41, 21, False),
+        (2.0, 0.24, 21, False),
+        (2.0, 0.5, 4, True),
+        (2.0, 0.25, 4, False),
+        (-2.0, -0.25, 16, False),
+    ],
+)
+def test_the_loss_in_the_reports_unit_is_within_its_bounds(loss, batch_loss, total, sound):
+    count = Count(correct=1, total=total, loss=loss, batch_loss=batch_loss)
+    assert (list(loss_faults(count, 8)) == []) == sound
+
+
+def test_predictions_that_are_not_the_largest_logit(folder):
+    record = read_evaluation(folder, TEST)
+    arrays = results.read_predictions(folder, TEST)
+    labels, predicted = arrays["labels"], arrays["predicted"]
+    logits = np.eye(7, dtype=np.float16)[(predicted + 1) % 7]
+    faults = list(prediction_faults(arrays | {"logits": logits}, record, 8))
+    assert f"{len(labels)} of {len(labels)} predictions are not the largest logit" in faults
+    (fault, *_) = prediction_faults(arrays | {"labels": labels[::-1]}, record, 8)
+    assert fault == "the labels are not in the order of the images"
+    assert list(prediction_faults(arrays, record, 8)) == []
+
+
+@pytest.mark.parametrize("counts, fraction", [((3, 3), 0.1), ((25, 5, 2), 0.1), ((4, 9), 0.5)])
+def test_held_out_images_are_those_of_the_split(counts, fraction):
+    held = held_out_of(counts, fraction)
+    assert held == [min(max(int(fraction * n + 0.5), 1), n - 1) for n in counts]
+
+
+def test_a_class_that_gets_nearly_every_answer_is_a_collapse(folder):
+    result = read_result(folder, TEST)
+    assert not any("collapsed" in line for line in results.summary(result)["warnings"])
+    for confusion, words in (
+        ([[20, 1], [7, 0]], "collapsed: 96.4 % of the images of sketch are called"),
+        ([[20, 0], [7, 0]], "collapsed: every image of sketch is called"),
+        ([[20, 3], [7, 0]], None),  # exactly 90 %
+    ):
+        matrix = [row + [0] * 5 for row in confusion] + [[0] * 7] * 5
+        figures = results.figures(matrix, result.evaluation.classes)
+        test = result.evaluation.model_copy(update=figures | {"confusion": matrix})
+        warnings = results.summary(replace(result, evaluation=test))["warnings"]
+        assert (
+            any(words in line for line in warnings)
+            if words
+            else not any("collapsed" in w for w in warnings)
+        )
+
+
+def test_the_largest_share_of_the_predictions():
+    assert results.largest_predicted_share([[3, 1], [4, 0]]) == (7 / 8, 0)
+    assert results.largest_predicted_share([[1, 1], [1, 1]]) == (0.5, 0)
+    assert results.largest_predicted_share([[0, 2], [0, 5]]) == (1.0, 1)

@@ -3,16 +3,19 @@
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import torch
 import yaml
 from domainshift import files
 from domainshift.config import REPOSITORY, Config, Test
 from domainshift.data import official_counts
+from domainshift.models import output_shapes
 from domainshift.records import results
 from domainshift.records.results import Predictions
 from domainshift.records.schema import (
@@ -21,6 +24,7 @@ from domainshift.records.schema import (
     METRICS,
     TRAINING,
     Cell,
+    ClaimIndex,
     Count,
     EvaluationRecord,
     Row,
@@ -28,13 +32,21 @@ from domainshift.records.schema import (
     TrainingIndex,
     TrainingRecord,
 )
-from domainshift.records.validate import batch_sizes, passes_of
+from domainshift.records.validate import batch_sizes, last_pass, passes_of, published_hash
 from domainshift.report import contents
 from domainshift.report.study import read_study
 from domainshift.report.tables import COLUMNS
-from domainshift.setup import Setup, known_digest, set_up, stamp, training_setup
+from domainshift.setup import (
+    Setup,
+    known_digest,
+    set_up,
+    stamp,
+    training_key,
+    training_setup,
+)
 from domainshift.sweep.plan import Job, Setups, expand
 from domainshift.sweep.schema import FULL, Suite
+from torch.nn import functional as F
 
 SMALL = """
 title: "A small study"
@@ -42,6 +54,8 @@ defaults: {preset: course-template, weights: imagenet, epochs: 3, amp: "off"}
 sources: [art_painting]
 targets: [cartoon, sketch]
 seeds: [0, 1, 2]
+primary: [[random, baseline], [da, baseline]]
+margin: 3.0
 tables:
   shaping:
     title: "Random maps and target maps"
@@ -110,17 +124,71 @@ def confusion(counts: list[int], accuracy: float, collapsed: bool = False) -> li
     return result
 
 
-@functools.cache
-def made_predictions(confusion: tuple[tuple[int, ...], ...]) -> Predictions:
+def made_predictions(
+    confusion: list[list[int]], batch_size: int = 128, shift: float = 0.0
+) -> Predictions:
+    """Predictions with this confusion, whose largest logit is 1 + shift and the others shift."""
+    return predictions_of(tuple(map(tuple, confusion)), batch_size, shift)
+
+
+@functools.lru_cache(maxsize=512)
+def predictions_of(
+    confusion: tuple[tuple[int, ...], ...], batch_size: int, shift: float
+) -> Predictions:
     counts = np.array(confusion, dtype=np.int64)
     labels, predicted = (
         np.repeat(index.ravel(), counts.ravel()).astype(np.int16)
         for index in np.indices(counts.shape)
     )
-    logits = np.eye(len(counts), dtype=np.float16)[predicted]
+    logits = torch.eye(len(counts), dtype=torch.float64)[predicted.astype(np.int64)] + shift
+    losses = F.cross_entropy(logits, torch.from_numpy(labels).long(), reduction="none")
+    means = [part.mean() for part in losses.split(batch_size)]
+    half = logits.half().numpy()
     return Predictions(
-        labels, predicted, logits, logits[:, :1], loss=1.5, batch_loss=0.012, seconds=0.5
+        labels, predicted, half, half[:, :1], loss=losses.mean().item(),
+        batch_loss=torch.stack(means).sum().item() / len(losses), seconds=0.5,
+    )  # fmt: skip
+
+
+def chance(key: str, part: int) -> float:
+    """A number from 0 to 1 that another training does not have."""
+    return int(key[8 * part : 8 * part + 8], 16) / 16**8
+
+
+def learning_rate(config: Config, epoch: int, updates_before: int) -> float:
+    """At the start of an epoch, stepped as `StepLR` does."""
+    rate, done = config.lr, updates_before if config.updates else epoch - 1
+    step = max(1, int(config.step_fraction * (config.updates or config.epochs)))
+    for _ in range(done // step):
+        rate *= config.gamma
+    return rate
+
+
+def densities(method: type, config: Config, layers: Sequence[str], images: int) -> dict[str, float]:
+    """As near 1 - p_zero as the elements of a map allow; of recorded maps near 0.4."""
+    p_zero = list(getattr(config.options, "p_zero", (0.6,)))
+    rates = p_zero * len(layers) if len(p_zero) == 1 else p_zero
+    shapes = output_shapes(config.model, config.image_size)
+    elements = {name: images * math.prod(shapes[name][-1]) for name in layers}
+    return {
+        name: round((1 - rate) * elements[name]) / elements[name]
+        for name, rate in zip(layers, rates, strict=True)
+        if method.map_words
+    }
+
+
+def made_weights(config: Config) -> SimpleNamespace:
+    """What a record says of the initial weights."""
+    sha256 = known_digest(config.weights, config.model, stamp(config.weights))
+    sha256 = {"none": None, "imagenet": f"{published_hash(config.model):0<64}"}.get(
+        config.weights, sha256
     )
+    return SimpleNamespace(source=Path(config.weights).name, sha256=sha256)
+
+
+def made_versions(config: Config) -> dict:
+    """Those of this machine, of a commit without changes."""
+    return results.versions(config.device) | {"commit": "c0" * 20}
 
 
 def write_run(
@@ -168,39 +236,47 @@ def write_run(
         # the held-out images are best in the first epoch, so that selected and last differ
         return confusion(counts[test.name], 90 - epoch if test.images == "holdout" else 80)
 
+    def predictions(matrix: list[list[int]]) -> Predictions:
+        return made_predictions(matrix, config.batch_size, chance(key, 1))
+
+    def count(test: Test, epoch: int) -> Count:
+        matrix = tested(test, epoch)
+        p = predictions(matrix)
+        total = len(p.labels)
+        return Count(correct=correct_of(matrix), total=total, loss=p.loss, batch_loss=p.batch_loss)
+
+    key = training_key(setup)
     epochs, updates = config.length(images)
     layers = method.layer_names(config)
-    p_zero = getattr(config.options, "p_zero", (0.6,))
     rows, done = [], 0
     for epoch in range(1, epochs + 1):
         seen = min(images, (updates - done) * config.batch_size)
         sizes = batch_sizes(seen, config.batch_size)
+        lr = learning_rate(config, epoch, done)
         done += len(sizes)
         passes = sum(passes_of(size, config.accumulate) for size in sizes)
         rows.append({
-            "epoch": epoch, "train_loss": 2.0 / epoch, "lr": config.lr,
+            "epoch": epoch, "train_loss": (2.0 + chance(key, 0)) / epoch, "lr": lr,
             "source_train_correct": round(seen * 0.9), "source_train_total": seen,
             "train_seconds": 1.0, "seconds": 2.0, "updates": len(sizes), "skipped": 0, "passes": passes,
-            "run": folder.name, "versions": results.versions(config.device),
+            "run": folder.name, "versions": made_versions(config),
             # a block of ResNet-18 calls its one ReLU twice
             "fired": {name: passes * (2 if name.endswith(".relu") else 1) for name in layers},
-            "density": dict.fromkeys(layers, 1 - p_zero[0]),
+            "density": densities(
+                method, config, layers, last_pass(sizes[-1], config.accumulate)
+            ),
             "bn_untouched": method.statistics_untouched(config),
             "tests": {
-                test.name: Count(
-                    correct=correct_of(c), total=sum(map(sum, c)), loss=1.5, batch_loss=0.012
-                )
-                for test in tests for c in [tested(test, epoch)]
+                test.name: count(test, epoch) for test in tests
             } if config.tests_after(epoch, epochs) and config.evaluate != "last" else {},
         })  # fmt: skip
     matrices = {test.name: tested(test, epochs) for test in tests}
     harm(rows, matrices)
     rows = [Row.model_validate(row) for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
-    sha256 = known_digest(config.weights, config.model, stamp(config.weights))
     training = results.training_record(
         shared, rows, layers=layers, held_out=held, warnings=setup.warnings,
-        weights=SimpleNamespace(source=Path(config.weights).name, sha256=sha256),
+        weights=made_weights(config),
         weights_digest=hashlib.sha256(folder.name.encode()).hexdigest(),
     )  # fmt: skip
     files.write_yaml(folder / CONFIG, asked)
@@ -208,7 +284,7 @@ def write_run(
     results.write_training(folder, training)
     for test in tests:
         record, content = results.evaluation_record(
-            training, test, made_predictions(tuple(map(tuple, matrices[test.name]))),
+            training, test, predictions(matrices[test.name]),
             domain=results.domain_data(setup, test.domain), version_of=training.versions,
         )  # fmt: skip
         results.write_evaluation(folder, record, content)
@@ -228,10 +304,20 @@ def write_rows(folder: Path, rows: list[Row]) -> None:
     (folder / METRICS).write_text("".join(f"{line}\n" for line in lines))
 
 
-def seal_again(folder: Path, change: Callable[[dict, list, dict], object]) -> None:
+def seal_again(
+    folder: Path,
+    change: Callable[[dict, list, dict], object],
+    *,
+    seals: bool = True,
+    follow: bool = True,
+) -> None:
     """Alter records and seal them again, as somebody with this code could.
 
     change(training, rows, evaluations by name) works on plain dicts, in place.
+
+    Args:
+        seals: false: leave the seals as `change` leaves them.
+        follow: the evaluations name the training's key.
     """
     training = files.read_json(folder / TRAINING)
     rows = files.read_json_lines(folder / METRICS)
@@ -240,12 +326,15 @@ def seal_again(folder: Path, change: Callable[[dict, list, dict], object]) -> No
     change(training, rows, tests)
     rows = [Row.model_validate(row) for row in rows]
     write_rows(folder, rows)
-    seal = results.seal(TrainingRecord.model_validate(training), rows)
-    files.write_json(folder / TRAINING, training | {"seal": seal})
+    if seals:
+        training["seal"] = results.seal(TrainingRecord.model_validate(training), rows)
+    files.write_json(folder / TRAINING, training)
     for name, test in tests.items():
-        test |= {"training": training["key"]}
-        seal = results.seal(EvaluationRecord.model_validate(test))
-        files.write_json(places[name], test | {"seal": seal})
+        if follow:
+            test["training"] = training["key"]
+        if seals:
+            test["seal"] = results.seal(EvaluationRecord.model_validate(test))
+        files.write_json(places[name], test)
 
 
 # --- suites -----------------------------------------------------------------------------------
@@ -263,6 +352,8 @@ def index_of(text: str) -> tuple[SuiteIndex, list[Job]]:
     index = SuiteIndex(
         suite="small", profile=FULL, title=suite.title, tables=plan.tables, trainings=trainings,
         command="python experiments/suite.py small --profile full",
+        primary=suite.primary, margin=suite.margin,
+        claims={number: ClaimIndex(**claim.given()) for number, claim in suite.claims.items()},
     )  # fmt: skip
     return index, plan.jobs
 
@@ -310,7 +401,8 @@ def only(name: str, tables: list[str], **keys) -> str:
     content = yaml.safe_load(path.read_text())
     content["tables"] = {t: content["tables"][t] | keys for t in tables}
     content["defaults"] |= {"limit": 8, "epochs": 1, "updates": None}
-    return yaml.safe_dump(content | {"seeds": [0]}, sort_keys=False)
+    content |= {"seeds": [0], "primary": [], "claims": {}}  # these may be about other tables
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 # --- what a report says -----------------------------------------------------------------------
@@ -326,8 +418,10 @@ def find_cell(folder: Path, arm: str, target: str, seed: int) -> Cell:
     return next(c for c in cells if (c.target, c.seed) == (target, seed))
 
 
-def comparison(report, name):
-    return next(c for c in report.comparisons if c.name == name)
+def comparison(report, name, target=None):
+    """A comparison of a report: the primary one on a target, or the exploratory one."""
+    both = [*report.comparisons.primary, *report.comparisons.exploratory]
+    return next(c for c in both if c.name == name and target in (None, c.target))
 
 
 def line(report, arm, target):

@@ -3,17 +3,18 @@
 import re
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import yaml
 from domainshift import files
+from domainshift.config import preset
 from domainshift.models import output_shapes
-from domainshift.records import results
-from domainshift.records.schema import EVALUATIONS, METRICS
-from domainshift.report import audit, command
+from domainshift.records import results, validate
+from domainshift.records.schema import EVALUATIONS, METRICS, TrainingRecord
+from domainshift.report import audit, command, published
 from domainshift.report.comparisons import matchups
 from domainshift.report.study import read_study
+from domainshift.report.switches import VARIED, departures
 from made_records import SMALL, find_cell, seal_again, write_run, write_suite
 from PIL import Image
 
@@ -198,6 +199,7 @@ def test_hooks_on_other_layers_than_the_switches_name(folder):
         for part in (*rows, training):
             for key in ("fired", "density"):
                 part[key] = {"layer4.1.conv2": part[key].pop("layer1.1.conv1")}
+            part["density"]["layer4.1.conv2"] = 0.5
         training["layers"] = ["layer4.1.conv2"]
 
     seal_again(training(folder, "da"), other)
@@ -217,8 +219,11 @@ def test_a_module_that_is_called_twice_is_shaped_twice(tmp_path):
 # --- several records --------------------------------------------------------------------------
 
 
+OTHER_WEIGHTS = "f37072fd" + "cd" * 28  # torchvision's file is known by its first 8 digits alone
+
+
 def other_machine(training, rows, tests):
-    training["weights"]["sha256"] = "cd" * 32
+    training["weights"]["sha256"] = OTHER_WEIGHTS
     training["versions"] |= {"commit": "c0ffee", "device": "another"}
     for row in rows:
         row["versions"] = training["versions"]
@@ -262,7 +267,7 @@ def test_a_stated_batch_size_does_not_excuse_unequal_updates(tmp_path):
 
 def test_other_weights_and_other_versions(folder):
     def other(training, rows, tests):
-        training["weights"]["sha256"] = "cd" * 32
+        training["weights"]["sha256"] = OTHER_WEIGHTS
         training["versions"]["torch"] = rows[-1]["versions"]["torch"] = "9.9"
 
     for target in ("cartoon", "sketch"):
@@ -282,10 +287,10 @@ def test_other_weights_of_one_run_alone(folder):
     what = {(r.rule, r.where): r.what for r in result.failures}
     before = files.read_json(first / "training.json")["weights"]["sha256"][:12]
     assert what["weights", "shaping: da and baseline"] == (
-        f"weights sha256 {before} -> {'cd' * 6} (in 1 of 6 pairs of results)"
+        f"weights sha256 {before} -> {OTHER_WEIGHTS[:12]} (in 1 of 6 pairs of results)"
     )
     assert what["arms", "da"] == (
-        f"{first.name}/cartoon and {run.name}/sketch: weights sha256 {before} -> {'cd' * 6}"
+        f"{first.name}/cartoon and {run.name}/sketch: weights sha256 {before} -> {OTHER_WEIGHTS[:12]}"
     )
     notes = {(r.rule, r.what) for r in result.remarks if not r.fails}
     own = results.device_name("cpu")
@@ -307,26 +312,26 @@ def test_one_seed_of_every_arm_with_other_weights(folder, capsys):
     assert f"note: random: device {own} in 4, another in 2 of 6" in capsys.readouterr().out
 
 
-def exchange_images(folder, monkeypatch, those):
+def exchange_images(folder, those):
     """Other pixels of sketch in some trainings, all else being right."""
-    monkeypatch.setattr("domainshift.records.validate.hash_of", lambda _: "ab" * 32)
     index = files.read_json(folder / "suite.json")
 
-    def change(training, rows, tests, exchange):
-        training["key"] = "ab" * 32
+    def change(training, rows, tests):
         for read in [*training["domains"].items(), *((t["domain"], t) for t in tests.values())]:
-            if exchange and read[0] == "sketch":
+            if read[0] == "sketch":
                 read[1]["digest"] = "ef" * 32
+        record = TrainingRecord.model_validate(training)
+        training["key"] = validate.key_of(record, validate.config_of(record))
 
-    for name, planned in index["trainings"].items():
-        planned["key"] = "ab" * 32
-        seal_again(folder / name, partial(change, exchange=those(name)))
+    for name in filter(those, index["trainings"]):
+        seal_again(folder / name, change)
+        index["trainings"][name]["key"] = files.read_json(folder / name / "training.json")["key"]
     files.write_json(folder / "suite.json", index)
 
 
-def test_other_images_of_an_arm_are_named(folder, monkeypatch):
+def test_other_images_of_an_arm_are_named(folder):
     """In all runs of one arm: every arm is uniform, and no pair of arms may be compared."""
-    exchange_images(folder, monkeypatch, lambda name: name.startswith("random"))
+    exchange_images(folder, lambda name: name.startswith("random"))
     result = audited(folder)
     (remark,) = result.failures
     assert (remark.rule, remark.where) == ("data", "shaping: random and baseline")
@@ -336,9 +341,9 @@ def test_other_images_of_an_arm_are_named(folder, monkeypatch):
     assert result.confounds["shaping: random and baseline"] == [remark.what]
 
 
-def test_other_images_of_one_run_are_named(folder, monkeypatch):
+def test_other_images_of_one_run_are_named(folder):
     run = training(folder, "da", "sketch", 1).name
-    exchange_images(folder, monkeypatch, lambda name: name == run)
+    exchange_images(folder, lambda name: name == run)
     result = audited(folder)
     assert {r.where for r in result.failures} == {"da", "shaping: da and baseline"}
     assert failed(result) == {"data"}
@@ -403,3 +408,330 @@ def test_a_page_names_what_cannot_be_read(folder):
     assert text.count("data:image/png") == 1
     assert f"Maps of {pictures[2].parent.name}" in text
     assert f"{broken.parent.name}/sketch: half-written: metrics.jsonl: line 1 is no epoch" in text
+
+
+# --- what passed and must not -----------------------------------------------------------------
+
+
+def each_row(**values):
+    """Other values in all epochs, and in the record of the training as far as it has them."""
+
+    def change(training, rows, tests):
+        for part in (*rows, training):
+            part.update({n: v for n, v in values.items() if n in part})
+
+    return change
+
+
+@pytest.mark.parametrize("density", [1.0, 0.0, 0.51, 0.5 + 1e-9])
+def test_random_maps_that_were_never_applied(folder, density):
+    """p_zero 0.5: a density of 1, one that chance does not give, and one of half an element."""
+    run = training(folder, "random")
+    seal_again(run, each_row(density={"layer2.1.conv2": density}))
+    result = audited(folder)
+    assert failed(result) == {"maps"}
+    assert "epoch 1: the map after layer2.1.conv2 has density" in result.failures[0].what
+
+
+def test_recorded_maps_that_were_never_applied(folder):
+    seal_again(training(folder, "da"), each_row(density={"layer1.1.conv1": 1.0}))
+    result = audited(folder)
+    assert failed(result) == {"maps"}
+    assert "1 means that no map was applied" in result.failures[0].what
+
+
+def test_a_network_that_collapsed_passes_with_a_remark(folder):
+    """Zeros before a convolution are zeros behind it: a sound record may have density 0 there."""
+    run = training(folder, "da")
+    seal_again(run, each_row(density={"layer1.1.conv1": 0.0}))
+    result = audited(folder)
+    assert result.passes
+    (remark,) = result.remarks
+    assert remark.text == (
+        f"{run.name}: the recorded map after layer1.1.conv1 passed nothing on in 3 epochs, first in "
+        "epoch 1"
+    )
+
+
+@pytest.mark.parametrize("rates", [[1e-3, 1e-3, 1e-3], [7.0, 7.0, 7.0]])
+def test_a_learning_rate_that_never_dropped_or_is_another(folder, rates):
+    def change(training, rows, tests):
+        for row, rate in zip(rows, rates, strict=True):
+            row["lr"] = rate
+
+    seal_again(training(folder, "da"), change)
+    result = audited(folder)
+    assert failed(result) == {"rates"}
+    assert re.search(r"epoch \d: lr is \S+; the switches give", result.failures[0].what)
+
+
+def epochs_of(run):
+    return files.read_json_lines(run / METRICS)
+
+
+def take_epochs(other, **own):
+    """The epochs of another training, with a few fields of one's own."""
+
+    def change(training, rows, tests):
+        for row, taken in zip(rows, epochs_of(other), strict=True):
+            row.update(taken | own)
+        training["train_loss"] = rows[-1]["train_loss"]
+        training["run"] = rows[-1]["run"]
+
+    return change
+
+
+def test_epochs_of_another_seed(folder):
+    zero, one = (training(folder, "random", seed=seed) for seed in (0, 1))
+    seal_again(one, take_epochs(zero, run="a run of its own"))
+    result = audited(folder)
+    assert failed(result) == {"copies"}
+    assert result.failures[0].what == (
+        f"seed 1, source art_painting: losses in every epoch equal to {zero.name}, which has seed 0, "
+        "source art_painting"
+    )
+
+
+def test_a_run_that_is_two_trainings(folder):
+    zero, one = (training(folder, "random", seed=seed) for seed in (0, 1))
+    (run,) = {row["run"] for row in epochs_of(zero)}
+    seal_again(one, each_row(run=run))
+    result = audited(folder)
+    assert failed(result) == {"copies"}
+    assert result.failures[0].what == f"run {run[:8]} is also that of {zero.name}"
+
+
+def test_predictions_and_weights_of_another_seed(folder):
+    zero, one = (training(folder, "random", seed=seed) for seed in (0, 1))
+
+    def change(training, rows, tests):
+        training["weights_digest"] = files.read_json(zero / "training.json")["weights_digest"]
+        for name, test in tests.items():
+            digest = training["weights_digest"]
+            test.update(files.read_json(zero / EVALUATIONS / f"{name}.json"))
+            test.update(weights_digest=digest, training=training["key"])
+
+    for path in (zero / EVALUATIONS).glob("*.npz"):
+        shutil.copy(path, one / EVALUATIONS)
+    seal_again(one, change)
+    result = audited(folder)
+    assert failed(result) == {"copies"}
+    words = " ".join(r.what for r in result.failures)
+    assert "weights_digest equal to" in words and "predictions equal to" in words
+
+
+def test_arms_that_are_truly_equal_pass_and_are_named(tmp_path):
+    """Of one seed, and set apart by a switch without effect."""
+    text = changed("tables.shaping.arms.da", mode="random", layers=[10], gradient="clipped")
+    folder = write_suite(tmp_path / "small", text)
+    for seed in range(3):
+        (run,) = {row["run"] for row in epochs_of(training(folder, "da", seed=seed))}
+        other = training(folder, "random", seed=seed)
+        seal_again(training(folder, "da", seed=seed), take_epochs(other, run=run))
+    result = audited(folder)
+    assert result.passes
+    assert result.limits == [
+        "da and random: equal losses in every epoch, to the bit, for 3 of their seeds and sources: what "
+        "sets these arms apart did not change how the source was learned."
+    ]
+
+
+@pytest.mark.parametrize("commit, fails", [("c0" * 20, True), ("c0" * 20 + "-dirty", False)])
+def test_equal_trainings_with_unequal_losses(folder, commit, fails):
+    """Without a suite one key may be there twice. A dirty tree may have had another code."""
+    (folder / "suite.json").unlink()
+    run = training_of_mode(folder, "da")
+    again = shutil.copytree(run, run.parent / "again")
+
+    def of_commit(training, rows, tests):
+        for part in (*rows, training, *tests.values()):
+            part["versions"]["commit"] = commit
+
+    def other_losses(training, rows, tests):
+        of_commit(training, rows, tests)
+        rows[0]["train_loss"] += 0.1
+
+    seal_again(run, of_commit)
+    seal_again(again, other_losses)
+    result = audited(folder)
+    repeats = [r for r in result.remarks if r.rule == "repeats"]
+    assert [r.fails for r in repeats] == [fails]
+    assert "has the same key, versions and device, and other losses" in repeats[0].what
+
+
+def training_of_mode(folder, mode):
+    """The first training of a mode, where no suite.json names it."""
+    paths = sorted(folder.glob("*/training.json"))
+    return next(path.parent for path in paths if files.read_json(path)["mode"] == mode)
+
+
+def test_a_holdout_that_is_short_of_images(tmp_path):
+    text = changed("defaults", holdout=0.1)
+    folder = write_suite(tmp_path / "small", text)
+    run = training(folder, "da")
+
+    def short(rows, tests):
+        for name in tests:
+            if "holdout" in name:
+                tests[name] = [[max(0, n - 3) if n else 0 for n in row] for row in tests[name]]
+
+    def fewer(training, rows, tests):
+        training["held_out"] = [n - 3 for n in training["held_out"]]
+
+    write_run(run, harm=short)
+    seal_again(run, fewer)
+    result = audited(folder)
+    assert "labels" in failed(result)
+    assert any("holds out [38, " in r.what for r in result.failures)
+
+
+def test_imagenet_weights_of_another_hash(folder):
+    def other(training, rows, tests):
+        training["weights"]["sha256"] = "ab" * 32
+
+    seal_again(training(folder, "da"), other)
+    result = audited(folder)
+    assert failed(result) == {"weights"}
+    assert result.failures[0].what == (
+        "weights.sha256 is abababababab; that of the imagenet weights of resnet18 begins with f37072fd"
+    )
+
+
+def of_versions(first_epoch=1, **values):
+    """Another commit or device from an epoch on, and in what follows it."""
+
+    def change(training, rows, tests):
+        for part in (*rows[first_epoch - 1 :], training, *tests.values()):
+            part["versions"].update(values)
+
+    return change
+
+
+def test_what_computed_the_figures_is_a_limit_where_it_is_not_one(folder):
+    assert audited(folder).limits == []
+    run = training(folder, "da")
+    seal_again(run, of_versions(commit="ab" * 20 + "-dirty", device="a GPU", torch="9.9"))
+    result = audited(folder)
+    assert result.passes
+    n, own = len(list(folder.glob("*/training.json"))), results.device_name("cpu")
+    text = "\n".join(result.limits)
+    commits = f"one commit: c0c0c0c0c0c0 in {n - 1}, abababababab-dirty in 1 of {n} trainings."
+    assert f"Not all was computed with {commits}" in text
+    assert f"one device: {own} in {n - 1}, a GPU in 1 of {n} trainings." in text
+    assert "with one torch: " in text
+    assert f"1 of {n} trainings ran with uncommitted changes" in text
+
+
+def test_a_run_that_was_resumed_by_another_commit(folder):
+    run = training(folder, "da")
+    seal_again(run, of_versions(2, commit="ab" * 20))
+    result = audited(folder)
+    assert result.passes
+    assert f"Resumed with other versions: {run.name} from epoch 2 on." in result.limits
+    words = f"{run.name}: from epoch 2 on commit {'c0' * 20} -> {'ab' * 20}"
+    assert words in [r.text for r in result.remarks]
+
+
+def skipping(counts):
+    def change(training, rows, tests):
+        for row, n in zip(rows, counts, strict=True):
+            row["skipped"] = n
+        training["skipped"] = sum(counts)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "amp, counts, words",
+    [
+        ("off", [1, 0, 0], "skipped is 1; only amp float16 skips updates, not off"),
+        ("float16", [17, 0, 0], "skipped is 17; it must be from 0 to updates, 16"),
+    ],
+)
+def test_skipped_updates_that_cannot_be(tmp_path, amp, counts, words):
+    folder = write_suite(tmp_path / "small", changed("defaults", amp=amp))
+    seal_again(training(folder, "da"), skipping(counts))
+    result = audited(folder)
+    assert failed(result) == {"steps"}
+    assert words in result.failures[0].what
+
+
+def test_skipped_updates_are_a_limit(tmp_path):
+    folder = write_suite(tmp_path / "small", changed("defaults", amp="float16"))
+    many, few = training(folder, "da"), training(folder, "random")
+    seal_again(many, skipping([2, 1, 0]))  # of 48
+    seal_again(few, skipping([2, 0, 0]))
+    result = audited(folder)
+    assert result.passes
+    n = len(list(folder.glob("*/training.json")))
+    assert result.limits == [
+        f"float16 skipped 5 of {48 * n} updates ({100 * 5 / (48 * n):.2g} %), in 2 of {n} trainings.",
+        f"Trainings that skipped more than 5% of their updates: {many.name} 6.2 %.",
+    ]
+
+
+def test_places_never_fail_an_audit(folder):
+    """Another folder, pipeline, layout or log: where it was computed, not what."""
+    run = training(folder, "da")
+    write_run(run, cache="/elsewhere", workers=3, memory_format="channels_last", log="tensorboard")
+    index = files.read_json(folder / "suite.json")
+    for planned in index["trainings"].values():
+        planned["switches"]["cache"] = "/here"
+    files.write_json(folder / "suite.json", index)
+    result = audited(folder)
+    assert result.passes and not result.remarks
+
+
+# --- not the protocol -------------------------------------------------------------------------
+
+REPORT_B = {"preset": "report-b", "target": "cartoon", "weights": "imagenet", "amp": "off"}
+RANDOM = REPORT_B | {"mode": "random"}
+
+
+@pytest.mark.parametrize(
+    "switches, expected",
+    [
+        (RANDOM, []),
+        (RANDOM | {"layers": [4], "p_zero": 0.2}, []),  # what the published rows vary
+        (RANDOM | {"amp": "float16"}, []),
+        (
+            RANDOM | {"gradient": "straight_through"},
+            ["gradient straight_through (protocol: zero)"],
+        ),
+        (RANDOM | {"at_eval": "off"}, ["at_eval off (protocol: on)"]),
+        (RANDOM | {"bn_at_test": "source"}, ["bn_at_test source (protocol: trained)"]),
+        (RANDOM | {"momentum": 0.5}, ["momentum 0.5 (protocol: 0.9)"]),
+        (REPORT_B | {"mode": "da", "layers": [4]}, []),
+        (
+            REPORT_B | {"mode": "da", "layers": [4], "pairing": "random"},
+            ["pairing random (protocol: modulo)"],
+        ),
+        # this preset sets no switch of a method, and nobody published one under it
+        (RANDOM | {"preset": "course-template", "gradient": "clipped"}, []),
+        (REPORT_B | {"preset": "course-template", "mode": "adabn"}, []),
+    ],
+)
+def test_every_switch_is_held_against_the_protocol(tmp_path, switches, expected):
+    (name,) = write_run(tmp_path / "run", **switches)
+    assert departures(validate.read_result(tmp_path / "run", name)) == expected
+
+
+def test_the_protocol_of_another_report(tmp_path):
+    """A straight-through run of the common preset is not what report B's 61.63 is of."""
+    switches = RANDOM | {"preset": "course-template", "layers": [1], "p_zero": 0.7}
+    (name,) = write_run(tmp_path / "run", **switches)
+    result = validate.read_result(tmp_path / "run", name)
+    assert departures(result, protocol="report-b") == [
+        "gradient straight_through (protocol: zero)",
+        "at_eval off (protocol: on)",
+    ]
+
+
+def test_published_rows_of_one_protocol_vary_what_is_left_out():
+    rows = [row for row in published.rows() if row["method"] == "random"]
+    for source in ("report-A", "report-B"):
+        own = [row for row in rows if row["source"] == source]
+        assert len({row["layers"] for row in own}) > 1 and len({row["p_zero"] for row in own}) > 1
+    assert set(VARIED) == {"layers", "after", "every", "p_zero"}
+    methods = {row["method"].lower() for row in published.rows()} - {"baseline"}
+    assert methods == set(preset("report-b")["modes"])

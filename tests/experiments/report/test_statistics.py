@@ -4,7 +4,19 @@ import math
 
 import pytest
 from domainshift.report import statistics
-from domainshift.report.statistics import estimate, holm, mean, prediction, spread, wilson
+from domainshift.report.statistics import (
+    Pool,
+    equivalence,
+    estimate,
+    holm,
+    mean,
+    pooled,
+    prediction,
+    smallest_difference,
+    spread,
+    wilson,
+)
+from scipy import stats
 
 # two-sided levels; the usual printed table, to three decimals
 PRINTED = {
@@ -80,7 +92,7 @@ def test_two_values_by_hand():
 
 
 def test_one_value_has_no_interval():
-    assert estimate([1.5]) == (1.5, None, None, None, None, 1)
+    assert estimate([1.5]) == (1.5, None, None, None, None, 1, None, None)
 
 
 def test_equal_values_have_no_interval():
@@ -131,3 +143,72 @@ def test_prediction_by_hand():
     half = 2.776445 * math.sqrt(3)
     assert prediction([1, 2, 3, 4, 5]) == pytest.approx((3 - half, 3 + half), abs=1e-5)
     assert prediction([1.0]) is None
+
+
+# --- arms together ----------------------------------------------------------------------------
+
+
+def test_a_pool_by_hand():
+    """Three arms of three seeds; what is left of arms and seeds has squares that sum to 88/9."""
+    pool = pooled([[0, 0, 0], [4, 4, 6], [0, 2, -2]])
+    assert (pool.df, pool.arms) == (4, 3)
+    assert pool.sd**2 == pytest.approx(88 / 9 / 4)
+
+
+def test_a_pool_is_blind_to_what_arms_and_seeds_have_in_common():
+    rows = [[1.0, 2.0, 4.0, 3.0], [2.0, 2.5, 3.0, 1.0], [0.0, 5.0, 1.0, 2.0]]
+    moved = [[v + 10 * i + 7 * j for j, v in enumerate(row)] for i, row in enumerate(rows)]
+    assert pooled(moved).sd == pytest.approx(pooled(rows).sd)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [[1, 2, 3], [3, 1, 2]],  # two arms
+        [[1, 2], [2, 1], [3, 5]],  # two seeds
+        [[1, 1, 1], [2, 2, 2], [3, 3, 3]],  # no spread
+        [*([0, i, 2, 0, 1] for i in range(6)), [40, -50, 60, -30, 20]],  # one spreads wider
+    ],
+)
+def test_what_gives_no_pool(rows):
+    assert pooled(rows) is None
+
+
+def test_a_difference_with_a_pool():
+    """Error sqrt(2) * 3 / sqrt(4) on 30 degrees of freedom; the values' own spread is smaller."""
+    e = estimate([4.0, 5.0, 6.0, 5.0], pool=Pool(3.0, 30, 11), scale=math.sqrt(2))
+    assert (e.mean, e.df) == (5.0, 30)
+    assert e.error == pytest.approx(3 / math.sqrt(2))
+    assert e.high - e.mean == pytest.approx(2.042 * 3 / math.sqrt(2), abs=2e-3)
+
+
+def test_values_that_spread_more_than_the_pool_have_their_own_error():
+    values = [0.0, 10.0, -10.0, 5.0]
+    assert estimate(values, pool=Pool(1.0, 30, 11), scale=math.sqrt(2)) == estimate(values)
+
+
+def test_equivalence_is_the_larger_of_two_one_sided_tests():
+    """t = (3 - 1) / 1 and (1 + 3) / 1 on 2 degrees of freedom, where P(T > t) is closed."""
+
+    def above(t):
+        return 0.5 * (1 - t / math.sqrt(2 + t * t))
+
+    e = estimate([1 - math.sqrt(3), 1.0, 1 + math.sqrt(3)])
+    assert e.error == pytest.approx(1)
+    assert equivalence(e, 3.0) == pytest.approx(above(2.0))
+    assert equivalence(e._replace(mean=-1.0), 3.0) == pytest.approx(above(2.0))
+    assert equivalence(estimate([1.0]), 3.0) is None
+
+
+@pytest.mark.parametrize("df, alpha", [(4, 0.05), (36, 0.05 / 18), (2, 0.1)])
+def test_the_smallest_difference_is_found_with_the_stated_power(df, alpha):
+    """Against scipy's noncentral t, an independent computation of the same probability."""
+    shift, bound = smallest_difference(df, alpha), stats.t(df).ppf(1 - alpha / 2)
+    found = stats.nct.sf(bound, df, shift) + stats.nct.cdf(-bound, df, shift)
+    assert found == pytest.approx(0.8, abs=2e-4)
+
+
+def test_more_seeds_find_smaller_differences():
+    assert smallest_difference(44, 0.05) < smallest_difference(4, 0.05)
+    assert smallest_difference(10**6, 0.05) == pytest.approx(1.959964 + 0.841621, abs=1e-3)

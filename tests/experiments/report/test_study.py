@@ -6,6 +6,7 @@ import pytest
 from domainshift import files
 from domainshift.records.schema import EVALUATIONS, METRICS, TRAINING, VERSION
 from domainshift.report import command, contents
+from domainshift.report.comparisons import Verdict
 from domainshift.report.study import read_study
 from domainshift.report.switches import departures
 from made_records import (
@@ -14,6 +15,7 @@ from made_records import (
     comparison,
     exact,
     find_cell,
+    line,
     report_of,
     seal_again,
     write_suite,
@@ -46,14 +48,16 @@ def aside(folder):
 def test_a_missing_seed_is_missing(tmp_path):
     folder = write_suite(tmp_path / "gap", EXACT, exact, without=[("random", "sketch", 2)])
     built = report_of(folder)
-    c = comparison(built, "random minus baseline")
+    c = comparison(built, "random minus baseline", "sketch")
     assert c.missing == [("art_painting", "sketch", 2)]
-    assert c.left_out == [("art_painting", "cartoon", 2)]
     assert (c.seeds, c.estimate.mean) == ([0, 1], 4)
-    assert c.sentence.endswith("; 1 missing, 1 left out")
+    assert c.sentence.endswith("; 1 missing")
+    mean = line(built, "random", None).comparison
+    assert mean.left_out == [("art_painting", "cartoon", 2)]
+    assert (mean.seeds, mean.gaps) == ([0, 1], "1 missing, 1 left out")
     assert cell(built, "random", "sketch", "Seeds") == "2 of 3; missing: 2"
     assert cell(built, "random", "sketch", "Minus baseline").endswith("; 1 missing")
-    assert cell(built, "random", "cartoon", "Minus baseline") == "+4.7 ± 2.9"  # nothing lost
+    assert cell(built, "random", "cartoon", "Minus baseline") == "+4.7 ± 3.5"  # nothing lost
     assert (
         cell(built, "random", None, "Seeds") == "5 of 6 runs; 1 left out, whose seeds lack others"
     )
@@ -75,9 +79,9 @@ def test_a_mean_difference_over_other_pairs_names_them(tmp_path):
     built = report_of(folder)
     assert cell(built, "baseline", None, "Last epoch") == "45.0 ± 0.0"
     assert cell(built, "da", None, "Minus baseline") == (
-        "+0.0 ± 5.0; 2 missing, 1 left out; over art_painting → sketch"
+        "+0.0 ± 3.5; 2 missing, 1 left out; over art_painting → sketch"
     )
-    assert cell(built, "da", "sketch", "Minus baseline") == "+0.0 ± 5.0"
+    assert cell(built, "da", "sketch", "Minus baseline") == "+0.0 ± 3.5"
     assert cell(built, "random", None, "Minus baseline") == "+4.7 ± 2.9"
     assert command.main([str(folder)]) == 0
     assert r"left out; over art\_painting $\to$ sketch" in (folder / "report.tex").read_text()
@@ -99,7 +103,8 @@ def test_an_arm_without_runs(tmp_path):
     built = report_of(write_suite(tmp_path / "gap", EXACT, exact, without=gone))
     assert cell(built, "da", "cartoon", "Last epoch") == "missing"
     assert cell(built, "da", None, "Seeds") == "0 of 6 runs"
-    assert [c.name for c in built.comparisons] == ["random minus baseline"]
+    compared = [(c.name, c.verdict) for c in built.comparisons.primary if c.arm.name == "da"]
+    assert compared == [("da minus baseline", Verdict.NOTHING)] * 2
 
 
 @pytest.mark.parametrize("seeds, expected", [((0, 2), "45.0"), ((0, 1, 2), "incomplete")])
@@ -177,7 +182,7 @@ def test_a_run_taken_out_of_its_table_is_named(copy):
         ("tables.0.title", [1, 2], "tables.0.title"),
         ("tables.0.published", [3], "tables.0.published.0"),
         ("tables.0.baseline", ["b"], "tables.0.baseline"),
-        ("tables.0.baseline", "nobody", "table shaping names 'nobody', which is no arm"),
+        ("tables.0.baseline", "nobody", "'nobody' is named, and is no arm"),
         ("tables.0.arms.1.cells.0.seed", "first", "tables.0.arms.1.cells.0.seed"),
         ("tables", None, "tables"),
         ("title", None, "title"),

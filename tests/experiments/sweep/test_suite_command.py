@@ -170,7 +170,7 @@ def test_a_laptop_tells_how_long_a_gpu_would_take(capsys, tmp_path):
         out = ["--out", str(tmp_path / "out"), "--weights", "none"]
         assert main(["study", "--dry-run", "--set", "device=cuda", *out]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert "0 of 200 trainings, 0 of 510 evaluations done" in line and "1 at a time on cuda" in line
+    assert "0 of 280 trainings, 0 of 810 evaluations done" in line and "1 at a time on cuda" in line
 
 
 # --- several at once --------------------------------------------------------------------------

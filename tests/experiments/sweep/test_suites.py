@@ -18,14 +18,14 @@ SUITES = ["answer", "controls", "report-a", "report-b", "study"]  # on PACS, in 
 COUNTS = {  # evaluations and trainings
     ("answer", "full"): (345, 85),
     ("answer", "mini"): (138, 34),
-    ("report-b", "full"): (475, 445),
-    ("report-b", "mini"): (180, 172),
-    ("controls", "full"): (345, 160),
-    ("controls", "mini"): (92, 50),
-    ("study", "full"): (510, 200),
-    ("study", "mini"): (108, 44),
-    ("report-a", "full"): (105, 35),
-    ("report-a", "mini"): (42, 14),
+    ("report-b", "full"): (580, 500),
+    ("report-b", "mini"): (206, 178),
+    ("controls", "full"): (495, 225),
+    ("controls", "mini"): (132, 72),
+    ("study", "full"): (810, 280),
+    ("study", "mini"): (168, 60),
+    ("report-a", "full"): (135, 45),
+    ("report-a", "mini"): (54, 18),
 }
 
 
@@ -231,6 +231,24 @@ def test_report_b_adapts_to_every_target():
         assert all(names == {"cartoon", "sketch", "photo"} for names in targets.values())
 
 
+def test_target_maps_by_the_text_are_at_several_positions():
+    values = arms(plan_of("report-b"), "as-the-text-says").values()
+    assert [v["layers"] for v in values] == [[1], [4], [7], [9]]
+    for v in values:
+        assert v["binarize"] and not v["product"] and v["record_mode"] == "eval"
+
+
+def test_report_a_has_the_rates_that_fail_and_compares_neighbours():
+    plan = plan_of("report-a")
+    rates = [v["p_zero"] for v in arms(plan, "rates").values()]
+    assert rates == [[0.05], [0.1], [0.2], [0.6]]
+    for table, count in (("hook-place", 3), ("every", 3), ("rates", 3)):
+        pairs, values = table_of(plan, table).compare, arms(plan, table)
+        assert len(pairs) == count
+        for arm, reference in pairs:
+            assert len(differing(values[arm], values[reference])) == 1
+
+
 def test_report_a_trains_once_for_all_targets():
     for job in plan_of("report-a").jobs:
         domains = [test.domain for test in job.tests if test.images == "all"]
@@ -251,7 +269,7 @@ def test_controls_change_one_thing_each():
     binarize = arms(plan, "binarize-only")
     assert binarize["binarize-conv1"]["p_zero"] == binarize["binarize-conv10"]["p_zero"] == [0.0]
     for table in ("gradient-random", "gradient-da"):
-        gradients = [values["gradient"] for values in arms(plan, table).values()]
+        gradients = [v["gradient"] for v in arms(plan, table).values() if v["layers"] == [4]]
         assert sorted(gradients) == ["clipped", "straight_through", "zero"]
     for size in (64, 128, 256):
         for arm in table_of(plan, f"batch-{size}").arms:
@@ -261,19 +279,77 @@ def test_controls_change_one_thing_each():
                 assert (config.batch_size, config.length(2048)[1]) == (size, 480)
 
 
+def differing(a, b):
+    """Names of the switches in which two evaluations differ; of one without a switch it is None."""
+    return {name for name in {*a, *b} if a.get(name) != b.get(name)}
+
+
+def test_clipping_is_asked_for_where_activations_exceed_1():
+    """After conv 10 nearly none does: clipped would be straight through."""
+    plan = plan_of("controls")
+    values = [switches(plan, arm.cells[0]) for table in plan.tables for arm in table.arms]
+    assert {tuple(v["layers"]) for v in values if v.get("gradient") == "clipped"} == {(4,)}
+
+
+def test_controls_of_density_differ_from_target_maps_in_the_maps_alone():
+    values = arms(plan_of("controls"), "density")
+    target = values["da-conv4"]
+    assert differing(target, values["source-maps-conv4"]) == {"mask_sources"}
+    assert differing(target, values["da-conv4-shuffled"]) == {"target_transform"}
+    assert differing(target, values["da-conv4-top0.29"]) == {"top_k"}
+    random = values["random-conv4-p0.71"]
+    assert 1 - random["p_zero"][0] == pytest.approx(values["da-conv4-top0.29"]["top_k"])
+    assert all(random[name] == target[name] for name in ("layers", "binarize", "gradient"))
+
+
+def test_dropout_is_compared_with_random_maps_one_factor_at_a_time():
+    """dropout2d is not binarized, per channel and rescaled (`test_dropout` shows that it is)."""
+    table = table_of(plan_of("controls"), "dropout")
+    values = arms(plan_of("controls"), "dropout")
+
+    def factors(name):
+        v = values[name]
+        if v["mode"] == "dropout2d":
+            return False, "channel", True
+        return v["binarize"], v["mask_unit"], v["mode"] == "random-rescaled"
+
+    assert len(table.compare) == 5
+    for pair in table.compare:
+        a, b = map(factors, pair)
+        assert sum(x != y for x, y in zip(a, b, strict=True)) == 1, pair
+
+
+def test_the_best_arm_of_report_b_varies_in_one_switch_at_a_time():
+    table, values = (f(plan_of("report-b"), "best-arm") for f in (table_of, arms))
+    best = values["random-conv1-p0.7"]
+    assert (best["layers"], best["p_zero"]) == ([1], [0.7])
+    assert (best["gradient"], best["at_eval"]) == ("zero", "on")
+    assert {name for name, _ in table.compare} == {*values} - {"random-conv1-p0.7"}
+    changes = [differing(values[arm], values[reference]) for arm, reference in table.compare]
+    assert changes == [{"at_eval"}, {"at_eval"}, {"gradient"}, {"gradient"}]
+
+
 def test_shaping_while_testing_is_six_tests_of_one_training():
     plan = plan_of("controls")
-    at_test = cells(plan, "at-test")
-    how = {(s["at_eval"], s["bn_at_test"]) for s in arms(plan, "at-test").values()}
+    at_test = [(arm, cell) for arm, cell in cells(plan, "at-test") if arm != "baseline-recal"]
+    how = {
+        (s["at_eval"], s["bn_at_test"])
+        for name, s in arms(plan, "at-test").items()
+        if name != "baseline-recal"
+    }
     assert how == {(at, bn) for at in ("off", "binarize", "on") for bn in ("trained", "source")}
     assert len({cell.training for _, cell in at_test}) == 5  # seeds
     assert len({(cell.training, cell.test) for _, cell in at_test}) == len(at_test) == 6 * 3 * 5
+    recal = arms(plan, "at-test")["baseline-recal"]
+    assert (recal["mode"], recal["bn_at_test"]) == ("baseline", "source")
+    measured = {arm for arm, _ in at_test if "recal" in arm}
+    assert set(table_of(plan, "at-test").compare) == {(arm, "baseline-recal") for arm in measured}
 
 
 def test_study_is_all_pairs_all_methods_five_seeds():
     plan = plan_of("study")
     methods = cells(plan, "methods")
-    assert len(methods) == 8 * 12 * 5 == len({(cell.training, cell.test) for _, cell in methods})
+    assert len(methods) == 13 * 12 * 5 == len({(cell.training, cell.test) for _, cell in methods})
     assert len({(cell.source, cell.target) for _, cell in methods}) == 12
     values = arms(plan, "methods")
     statistics = {name: (s["mode"], s["bn_at_test"]) for name, s in values.items()}
@@ -285,12 +361,20 @@ def test_study_is_all_pairs_all_methods_five_seeds():
         "adabn": ("baseline", "target"),  # the baseline's training
         "dropout2d-conv10-p0.5": ("dropout2d", "source"),
         "dann": ("dann", "trained"),
+        "dann-weight0": ("dann", "trained"),
+        "mixstyle": ("mixstyle", "trained"),
+        "mixstyle-recal": ("mixstyle", "source"),
+        "random-conv10-p0.5-adabn": ("random", "target"),
+        "da-conv4-adabn": ("da", "target"),
         "baseline-recal": ("baseline", "source"),
     }
+    assert differing(values["dann"], values["dann-weight0"]) == {"dann_weight"}
     trainings = {
         arm.name: {cell.training for cell in arm.cells} for arm in table_of(plan, "methods").arms
     }
     assert trainings["baseline"] == trainings["baseline-recal"] == trainings["adabn"]
-    assert trainings["da-conv4"] == trainings["da-conv4-no-recal"]
+    assert trainings["da-conv4"] == trainings["da-conv4-no-recal"] == trainings["da-conv4-adabn"]
+    assert trainings["random-conv10-p0.5"] == trainings["random-conv10-p0.5-adabn"]
+    assert trainings["mixstyle"] == trainings["mixstyle-recal"]
     tuned = arms(plan, "dann-tuned")["dann-tuned"]
     assert (tuned["mode"], tuned["updates"], tuned["dann_lr_factor"]) == ("dann", 5000, 10.0)

@@ -36,6 +36,7 @@ def images_of(pipeline, folder, monkeypatch, **switches):
     (
         {"mode": "baseline", "holdout": 0.34, "test_set": "source-train"},
         {"mode": "da", "layers": 4, "target_transform": "test"},
+        {"mode": "da", "layers": 4, "target_transform": "shuffled", "image_size": 64},
         {"mode": "da", "layers": 4, "mask_sources": "cartoon,photo", "target": "sketch"},
         {"mode": "adabn"},
     ),
