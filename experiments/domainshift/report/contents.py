@@ -10,15 +10,25 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from domainshift.records.results import Result
+from domainshift.records.results import NEARLY_ALL, Result
 from domainshift.report import figures, findings, published, switches
 from domainshift.report.audit import Audit, audit
+from domainshift.report.choices import IMAGES, Choices, choices_of
 from domainshift.report.claims import Claim, claims_of
 from domainshift.report.comparisons import ALPHA, EXACT, Comparisons, counted, matchups
 from domainshift.report.statistics import AGREE, LEVEL, POWER
 from domainshift.report.study import Study, Table
-from domainshift.report.tables import PM, Grid, Line, grid_of, lines_of
+from domainshift.report.tables import (
+    PM,
+    Grid,
+    Line,
+    MainTable,
+    grid_of,
+    lines_of,
+    main_table,
+)
 
+MANY_PAIRS = 4  # with more, the main table shows means over pairs, and the details each pair
 WITHHELD = "No finding is drawn while the audit fails."
 
 
@@ -29,17 +39,18 @@ class Section(NamedTuple):
     lines: list[Line]
     notes: list[str]
     command: str  # that makes its runs
-    versions: list[str]
     pictures: list[figures.Picture]
     verdicts: bool
 
     @property
-    def grid(self) -> Grid:
-        return grid_of(self.lines, self.verdicts)
+    def main(self) -> MainTable:
+        """An arm a row, targets as columns."""
+        return main_table(self.lines, self.verdicts, len(self.table.pairs) > MANY_PAIRS)
 
-    def part(self, means: bool) -> Grid:
-        """The lines of means over pairs alone, or the others."""
-        return grid_of([x for x in self.lines if (x.pair is None) is means], self.verdicts)
+    @property
+    def details(self) -> Grid:
+        """Everything there is to say, an arm and a pair a row."""
+        return grid_of(self.lines, self.verdicts)
 
 
 class Report(NamedTuple):
@@ -49,6 +60,7 @@ class Report(NamedTuple):
     sections: list[Section]
     main: list[str]  # the sentences of the first screen
     claims: list[Claim]
+    choices: Choices  # of arms, without target labels
     findings: dict[str, list[str]]  # all sentences, by heading
     limits: list[str]  # what keeps the figures from being more than they are
 
@@ -72,7 +84,8 @@ def build(study: Study) -> Report:
     ]
     limits = [*checked.limits, *limits_of(list(study.results.values()))]
     if not checked.passes:
-        return Report(study, checked, compared, sections, [WITHHELD], [], {"": [WITHHELD]}, limits)
+        return Report(study, checked, compared, sections, [WITHHELD], [], Choices([], []),
+                      {"": [WITHHELD]}, limits)  # fmt: skip
     sentences = all_sentences(study, compared, sections)
     main = [findings.tally(compared.primary), *findings.primary_sentences(compared.primary)]
     collapsed = sentences["Collapse"]
@@ -80,18 +93,17 @@ def build(study: Study) -> Report:
         collapsed = [
             f"In {len(collapsed)} arms some runs call nearly every target image one class."
         ]
-    return Report(study, checked, compared, sections, main + collapsed, claims_of(study), sentences,
-                  limits)  # fmt: skip
+    return Report(study, checked, compared, sections, main + collapsed, claims_of(study),
+                  choices_of(study), sentences, limits)  # fmt: skip
 
 
 def section_of(study: Study, table: Table, lines: list[Line], verdicts: bool) -> Section:
     beside = {(line.arm.name, line.pair): line.published for line in lines if line.published}
-    results = {result.name: result for line in lines for result in line.results}
     command = f"{study.command} --only {shlex.quote(table.name)}"
     if study.command is None:
         command = "no suite.json: the finished runs of the folder, grouped by their switches"
-    return Section(table, lines, notes_of(table, lines), command, versions_of(results.values()),
-                   figures.pictures(table, beside), verdicts)  # fmt: skip
+    return Section(table, lines, notes_of(table, lines), command, figures.pictures(table, beside),
+                   verdicts)  # fmt: skip
 
 
 def notes_of(table: Table, lines: Sequence[Line]) -> list[str]:
@@ -244,7 +256,14 @@ HOW_TO_READ = (
     "Epoch selected on source: accuracy on the target at the epoch that is best on held-out source "
     "images. Oracle: at the epoch that is best on the target; it uses the labels and is no result. Both "
     "need tests after several epochs (--evaluate each).",
-    "Largest class: what always answering the target's most frequent class scores. Flags: runs whose "
-    "every prediction is one class, and switches beside those of the method in which an arm differs "
-    "from its reference.",
+    "Largest class: what always answering the target's most frequent class scores. Flags: runs that "
+    f"call one class more than {100 * NEARLY_ALL:.0f} % of the images, with the largest such share, and "
+    "switches beside those of the method in which an arm differs from its reference.",
+    "Claims: each has a rule, stated in the suite before its runs. It holds or is contradicted where "
+    f"the p values of its rules, after Holm over the claim, are below {ALPHA}. Of twenty claims that say "
+    "nothing true, one would be decided by chance.",
+    "Choosing without target labels: a validator scores each arm of a seed from its predictions, on "
+    f"{IMAGES} images of the target that are evenly spaced in the data, and chooses the highest. Rank "
+    "correlation: Spearman's, of scores and target accuracies over the arms, the mean over seeds. The "
+    "oracle chooses by target labels, and is no result. Where features are not kept, DEV takes logits.",
 )

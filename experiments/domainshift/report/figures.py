@@ -9,6 +9,8 @@ import functools
 import io
 import math
 import re
+import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,18 +24,28 @@ from domainshift.errors import BadInput
 from domainshift.models import bare_model
 from domainshift.records.results import Result, percent
 from domainshift.report import switches
-from domainshift.report.comparisons import FIGURE
+from domainshift.report.comparisons import (
+    FIGURE,
+    Comparison,
+    Verdict,
+    counted,
+    signed,
+    with_interval,
+)
 from domainshift.report.published import Published
 from domainshift.report.statistics import mean, spread
-from domainshift.report.study import Arm, Pair, Table
+from domainshift.report.study import Arm, Pair, Study, Table
 
 INK = "#010203"  # stands for the page's text colour
 OURS, THEIRS, REFERENCE = "#2f7fc1", "#d9822b", "#8a8a8a"
 COLOURS = ("#2f7fc1", "#d9822b", "#3a9d6e", "#d1495b", "#8a63c2", "#7a6a58", "#c2a227", "#5fb0c9")
 WIDTH = 7.2  # inches
+SMALLEST = 9  # points, of any text
 PANELS = 4  # source-target pairs that get a panel each; more share a matrix
 CURVES = 14  # lines in a panel of learning curves
 DEGREE = 4  # of the curve over p_zero
+CONFUSED = 8  # arms whose confusions are drawn
+NUMBERED = 12  # classes up to which a confusion matrix has numbers and named columns
 PLACE = ("layers", "after", "every")  # switches that say where a method acts
 
 PublishedOf = Mapping[tuple[str, Pair], Published]  # by name of the arm
@@ -48,6 +60,7 @@ class Picture(NamedTuple):
     def svg(self) -> str:
         """An <svg> element; the same bytes for the same figure."""
         buffer = io.StringIO()
+        settle(self.figure)
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.title}):
             self.figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight",
                                 metadata={"Date": None, "Creator": None})  # fmt: skip
@@ -59,6 +72,13 @@ class Picture(NamedTuple):
         used = set(re.findall(r"#([\w-]+)", text))
         text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
         return text.replace(INK, "currentColor").strip()
+
+
+def settle(figure: Figure) -> None:
+    """Lay a figure out for good. Each further layout would move it by rounding errors."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 STYLE = {
@@ -267,6 +287,31 @@ def curve(result: Result) -> dict[int, float]:
     return {epoch: percent(test.correct, test.total) for epoch, test in tests if test}
 
 
+def curves_by_seed(arm: Arm, pair: Pair) -> dict[int, dict[int, float]]:
+    return {result.training.seed: curve(result) for result in arm.of(pair)}
+
+
+def mean_curve(
+    by_pair: Sequence[Mapping[int, Mapping[int, float]]],
+) -> tuple[list[int], list[float], list[float] | None]:
+    """The epochs that all curves have, with mean and standard deviation over seeds at each.
+
+    The deviation is of each seed's mean over the pairs. It is None for one seed, and where pairs differ
+    in their seeds.
+
+    Args:
+        by_pair: curves by seed, for each source-target pair.
+    """
+    curves = [curve for by_seed in by_pair for curve in by_seed.values()]
+    epochs = sorted(set.intersection(*map(set, curves))) if curves else []
+    centre = [mean([mean([c[e] for c in by_seed.values()]) for by_seed in by_pair]) for e in epochs]
+    seeds = {frozenset(by_seed) for by_seed in by_pair}
+    if len(seeds) != 1 or len(*seeds) < 2:
+        return epochs, centre, None
+    of_seeds = [[mean([c[seed][e] for c in by_pair]) for seed in sorted(*seeds)] for e in epochs]
+    return epochs, centre, [spread(values) for values in of_seeds]
+
+
 def learning_curves(table: Table) -> Picture | None:
     """A panel a source-target pair; of many pairs one panel, of the mean over those all arms have."""
     arms = [arm for arm in table.compared if arm.one and len(curve(arm.one)) > 1]
@@ -282,24 +327,29 @@ def learning_curves(table: Table) -> Picture | None:
     else:
         figure, drawn = panels(table, first, 2.8)
         drawn = [([pair], axes) for pair, axes in drawn]
-    many = len(first) > len(COLOURS)
+    bands = False
     for pairs, axes in drawn:
         for i, arm in enumerate(first):
-            by_pair = [[curve(r) for r in results] for results in map(arm.of, pairs) if results]
-            epochs = set.intersection(*(set(c) for curves in by_pair for c in curves)) if by_pair else ()  # fmt: skip
-            if not epochs:
+            by_pair = [curves_by_seed(arm, pair) for pair in pairs if arm.of(pair)]
+            x, y, sd = mean_curve(by_pair)
+            if not x:
                 continue
-            shades = matplotlib.colormaps["viridis"]
-            style = {"color": shades(0.25 + 0.7 * i / len(first)) if many else COLOURS[i]}
+            style = {"color": COLOURS[i % len(COLOURS)], "ls": "-:"[i // len(COLOURS)]}
             if arm is table.baseline:
                 style = {"color": REFERENCE, "ls": "--"}
-            x = sorted(epochs)
-            y = [mean([mean([c[e] for c in curves]) for curves in by_pair]) for e in x]
             axes.plot(x, y, label=arm.name, lw=1.5, **style)
+            if sd is not None:
+                low, high = np.subtract(y, sd), np.add(y, sd)
+                axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
+                bands = True
         axes.xaxis.get_major_locator().set_params(integer=True)
     drawn[-1][1].set_xlabel("epoch")
     legend(figure, drawn[0][1], 2)
     caption = "Accuracy on the target after each epoch, mean over the seeds there are."
+    if bands:
+        caption += " Bands: one standard deviation over seeds on each side; one seed has none."
+    else:
+        caption += " No line has a band of the spread: that needs several seeds."
     if len(table.pairs) > PANELS:
         share = f"{len(common)} of {len(table.pairs)}"
         caption += f" Pairs: those of which every arm here has a run, {share}."
@@ -334,7 +384,7 @@ def matrix(table: Table) -> Picture | None:
         limits = (0, 100) if absolute else (-largest, largest)
         draw_matrix(axes, cells, limits, sources, targets)
         title = f"{arm.name}, %" if absolute else f"{arm.name} minus {base.name}"
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=SMALLEST)
     for axes in grid.flat[len(arms) :]:
         axes.set_axis_off()
     return Picture(
@@ -368,13 +418,29 @@ def draw_matrix(
                     edgecolors="none")  # fmt: skip
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            red, green, blue, _ = colours((value - limits[0]) / (limits[1] - limits[0]))
-            light = 0.3 * red + 0.6 * green + 0.1 * blue > 0.55
-            axes.text(j + 0.5, i + 0.5, f"{value:.1f}" if absolute else f"{value:+.1f}", ha="center",
-                      va="center", fontsize=9, color="black" if light else "white")  # fmt: skip
-    axes.set_xticks(np.arange(len(targets)) + 0.5, targets, fontsize=8, rotation=25, ha="right")
-    axes.set_yticks(np.arange(len(sources)) + 0.5, sources, fontsize=8)
+            background = colours((value - limits[0]) / (limits[1] - limits[0]))
+            text = f"{value:.1f}" if absolute else f"{value:+.1f}"
+            write_in_cell(axes, i, j, text, background)
+    axes.set_xticks(
+        np.arange(len(targets)) + 0.5, targets, fontsize=SMALLEST, rotation=25, ha="right"
+    )
+    axes.set_yticks(np.arange(len(sources)) + 0.5, sources, fontsize=SMALLEST)
     axes.invert_yaxis()
+    plain(axes)
+
+
+def write_in_cell(
+    axes: Axes, row: int, column: int, text: str, background: Sequence[float]
+) -> None:
+    """A cell's number, black on light colours and white on dark ones."""
+    red, green, blue, _ = background
+    light = 0.3 * red + 0.6 * green + 0.1 * blue > 0.55
+    axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=SMALLEST,
+              color="black" if light else "white")  # fmt: skip
+
+
+def plain(axes: Axes) -> None:
+    """Without grid, ticks and frame."""
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -444,7 +510,7 @@ def density(results: Sequence[Result]) -> Picture | None:
             colour = COLOURS[i % len(COLOURS)]
             draw_spread(axes, x, list(by_layer.values()), ms=6, label=kind, color=colour)
         names = [f"{n} ({numbers[n]})" if n in numbers else n for n in layers]
-        axes.set_xticks(range(len(layers)), names, rotation=40, ha="right", fontsize=8)
+        axes.set_xticks(range(len(layers)), names, rotation=40, ha="right", fontsize=SMALLEST)
         axes.set(ylabel="share of ones in the map", ylim=(0, 1.02))
         legend(figure, axes, 1)
     return Picture(
@@ -454,3 +520,271 @@ def density(results: Sequence[Result]) -> Picture | None:
         "trainings; of a real-valued map the share of positive values. In brackets the number of a "
         "convolution.",
     )
+
+
+# --- primary comparisons ----------------------------------------------------------------------
+
+
+class Look(NamedTuple):
+    label: str
+    colour: str
+    marker: str
+
+
+LOOKS = {
+    Verdict.HIGHER: Look("higher", "#2f7fc1", "^"),
+    Verdict.LOWER: Look("lower", "#d1495b", "v"),
+    Verdict.EQUAL: Look("equal within the margin", "#3a9d6e", "s"),
+    Verdict.UNDECIDED: Look("undecided or no verdict", "#8a8a8a", "o"),
+}
+FOREST_TEXT = 11.5  # points, which are 9 pixels on a narrow screen
+ROW = 0.28  # inches
+HEADING = 72  # signs in a line
+
+
+def look_of(c: Comparison) -> Look:
+    return LOOKS.get(c.verdict, LOOKS[Verdict.UNDECIDED])
+
+
+def forest(primary: Sequence[Comparison]) -> Picture | None:
+    """Every primary comparison with its interval, in the order given; None without an estimate.
+
+    A comparison's name stands above a row for each of its source-target pairs.
+    """
+    if not any(c.estimate for c in primary):
+        return None
+    groups: dict[str, list[Comparison]] = {}
+    for c in primary:
+        groups.setdefault(c.name, []).append(c)
+    with matplotlib.rc_context(STYLE | {"font.size": FOREST_TEXT}):
+        figure, axes, places = forest_axes(groups)
+        for name, group in groups.items():
+            draw_group(axes, name, group, places[name])
+        axes.set_xlabel("difference in accuracy (points)")
+        handles, labels = axes.get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))
+        order = [look.label for look in LOOKS.values() if look.label in once]
+        order += [label for label in once if label not in order]
+        columns = 3 if len(order) > 4 else 2
+        figure.legend([once[label] for label in order], order, loc="lower center", ncols=columns, handlelength=1.2,
+                      frameon=False)  # fmt: skip
+    caption = (
+        "Each arm minus its reference after the last epoch, paired by seed. Point: mean. Line: 95 % "
+        "interval; one seed has none. Colour and shape: verdict after Holm's correction over all rows."
+    )
+    margins = dict.fromkeys(c.margin for c in primary if c.margin is not None)
+    if margins:
+        words = " or ".join(f"{margin:g}" for margin in margins)
+        caption += f" Band: the margin of {words} points, within which arms pass for equal."
+    return Picture("Primary comparisons", figure, caption)
+
+
+def forest_axes(
+    groups: Mapping[str, Sequence[Comparison]],
+) -> tuple[Figure, Axes, dict[str, float]]:
+    """Axes with room for words at both sides, and the place of the first row of each group."""
+    places, y = {}, 0.0
+    for name, group in groups.items():
+        y += heading_of(name).count("\n") + 1
+        places[name] = y
+        y += len(group) + 0.3
+    longest = max(len(row_name(c, group)) for group in groups.values() for c in group)
+    left, right, top, bottom = 0.25 + 0.095 * longest, 1.15, 0.05, 1.15  # inches
+    height = ROW * y + top + bottom
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((left / WIDTH, bottom / height, 1 - (left + right) / WIDTH,
+                            ROW * y / height))  # fmt: skip
+    axes.set_ylim(y - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.grid(False)
+    axes.spines["left"].set_visible(False)
+    return figure, axes, places
+
+
+def heading_of(name: str) -> str:
+    return textwrap.fill(name, HEADING, break_long_words=False, break_on_hyphens=False)
+
+
+def row_name(c: Comparison, group: Sequence[Comparison]) -> str:
+    """The target, after its source where the group has several."""
+    sources = {source for other in group for source, _ in other.pairs}
+    if len(sources) < 2 or len(c.pairs) != 1:
+        return c.target
+    return " to ".join(c.pairs[0])
+
+
+def draw_group(axes: Axes, name: str, group: Sequence[Comparison], first: float) -> None:
+    """One comparison's rows from place `first` downwards, its name above them."""
+    words = {"xycoords": ("figure fraction", "data"), "va": "center_baseline"}
+    heading = heading_of(name)
+    middle = first - (heading.count("\n") + 1) / 2 - 0.5
+    axes.annotate(heading, (0, middle), ha="left", fontweight="bold", **words)
+    ends = first - 0.5, first + len(group) - 0.5
+    axes.plot([0, 0], ends, color=INK, lw=1, zorder=1)
+    margin = group[0].margin
+    if margin is not None:
+        axes.fill_betweenx(ends, -margin, margin, color=REFERENCE, alpha=0.2, lw=0, zorder=0,
+                           label=f"margin of {margin:g} points")  # fmt: skip
+    for i, c in enumerate(group):
+        y, e, look = first + i, c.estimate, look_of(c)
+        axes.annotate(row_name(c, group), (0.02, y), ha="left", **words)
+        if e is None:
+            text = "no result yet"
+        else:
+            text = signed(e.mean) if e.low is None else with_interval(e)
+            axes.plot([e.mean], [y], look.marker, ms=8, color=look.colour, label=look.label)
+            if e.low is not None:
+                axes.hlines(y, e.low, e.high, colors=look.colour, lw=2)
+        axes.annotate(text, (1, y), ha="right", **words)
+
+
+# --- confusions -------------------------------------------------------------------------------
+
+
+def confusions(study: Study, primary: Sequence[Comparison]) -> list[Picture]:
+    """What each arm that a primary comparison is about takes for what, beside its first reference.
+
+    Args:
+        primary: comparisons of `study.primary`, for the pairs and seeds that both arms have.
+    """
+    references: dict[str, str] = {}
+    for arm, reference in study.primary:
+        references.setdefault(arm.name, reference.name)
+    pictures = []
+    for names in list(references.items())[:CONFUSED]:
+        own = [c for c in primary if (c.arm.name, c.reference.name) == names and c.estimate]
+        if own:
+            pictures.append(confusion_picture(own))
+    return pictures
+
+
+def confusion_picture(compared: Sequence[Comparison]) -> Picture:
+    """A row of panels for each source-target pair of one arm and one reference."""
+    first = compared[:PANELS]
+    arm, reference = first[0].arm.name, first[0].reference.name
+    classes = [results_of(c, c.arm)[0].evaluation.classes for c in first]
+    heights = [1.1 + max(1.9, 0.19 * len(names)) for names in classes]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout="constrained")
+        grid = figure.subplots(len(first), 2, squeeze=False, height_ratios=heights,
+                               width_ratios=(1.25, 1))  # fmt: skip
+        for (left, right), c, names in zip(grid, first, classes, strict=True):
+            draw_confusion(left, confusion_of(results_of(c, c.arm)), names)
+            left.set_title(" to ".join(c.pairs[0]), loc="left")
+            draw_classes(right, c)
+        legend(figure, grid[0, 1], 2)
+    caption = (
+        f"Left: {arm} after the last epoch. Rows are the true classes and columns the predicted ones, "
+        "in percent of the row, all seeds together; less than half a percent has no number. Right: accuracy by class, mean and standard "
+        f"deviation over seeds, of {arm} and {reference}. Only seeds that both have."
+    )
+    if len(compared) > len(first):
+        caption += f" The first {len(first)} of {len(compared)} source-target pairs."
+    return Picture(f"Confusions of {arm}", figure, caption)
+
+
+def results_of(c: Comparison, arm: Arm) -> list[Result]:
+    """An arm's results on a comparison's one pair, of the seeds that it compares."""
+    return [arm.results[(*c.pairs[0], seed)] for seed in c.seeds]
+
+
+def confusion_of(results: Sequence[Result]) -> np.ndarray:
+    """Percent of each true class that is called each class, the results together.
+
+    A class without images has NaN.
+    """
+    counts = np.sum([result.evaluation.confusion for result in results], axis=0, dtype=float)
+    with np.errstate(invalid="ignore"):
+        return 100 * counts / counts.sum(1, keepdims=True)
+
+
+def draw_confusion(axes: Axes, shares: np.ndarray, classes: Sequence[str]) -> None:
+    colours, n = matplotlib.colormaps["Blues"], len(classes)
+    axes.pcolormesh(np.ma.masked_invalid(shares), cmap=colours, vmin=0, vmax=100,
+                    edgecolors="none")  # fmt: skip
+    ticks = np.arange(n) + 0.5
+    axes.set_yticks(ticks, classes, fontsize=SMALLEST)
+    axes.set_xticks([])
+    axes.set_xlabel("predicted, in the order of the rows")
+    if n <= NUMBERED:
+        axes.set_xticks(ticks, classes, fontsize=SMALLEST, rotation=40, ha="right")
+        axes.set_xlabel("predicted")
+        for (i, j), share in np.ndenumerate(shares):
+            if share >= 0.5:
+                write_in_cell(axes, i, j, f"{share:.0f}", colours(share / 100))
+    axes.set_ylabel("true")
+    axes.set_ylim(n, 0)
+    plain(axes)
+
+
+def draw_classes(axes: Axes, c: Comparison) -> None:
+    """Accuracy by class of an arm and its reference, in the order of the rows to their left."""
+    for arm, offset, colour in ((c.arm, -0.2, OURS), (c.reference, 0.2, REFERENCE)):
+        one_by_one = [confusion_of([result]).diagonal() for result in results_of(c, arm)]
+        by_class = np.transpose(one_by_one).tolist()
+        y = np.arange(len(by_class)) + 0.5 + offset
+        error = [spread(values) for values in by_class] if len(one_by_one) > 1 else None
+        axes.barh(y, [mean(values) for values in by_class], 0.38, xerr=error, color=colour,
+                  label=arm.name, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})  # fmt: skip
+    axes.set(ylim=(len(by_class), 0), xlim=(0, 100), yticks=[], xlabel="accuracy by class (%)")
+    axes.set_axisbelow(True)
+
+
+# --- cost -------------------------------------------------------------------------------------
+
+
+def cost(study: Study) -> Picture | None:
+    """Seconds of a training by arm, of the trainings on the device that has most of them.
+
+    Arms that test the same trainings share a bar.
+    """
+    used = trainings(study.used)
+    if not used:
+        return None
+    devices = Counter(map(device_of, used))
+    device = max(devices, key=devices.__getitem__)  # of equals the first
+    bars: dict[frozenset[str], tuple[list[str], list[Result]]] = {}
+    for arm in study.arms.values():
+        own = [r for r in trainings(arm.results.values()) if device_of(r) == device]
+        if own:
+            key = frozenset(str(result.folder) for result in own)
+            bars.setdefault(key, ([], own))[0].append(arm.name)
+    with matplotlib.rc_context(STYLE):
+        figure = draw_cost(list(bars.values()))
+    caption = (
+        "Seconds of one training with the tests after its epochs, mean over the trainings of an arm, "
+        f"and the source images that it trained on a second. All on {device}."
+    )
+    if len(devices) > 1:
+        rest = counted(len(used) - devices[device], "training")
+        caption += f" Left out, since times on several devices do not compare: {rest}."
+    return Picture("Cost of a training by arm", figure, caption)
+
+
+def device_of(result: Result) -> str:
+    """The device of a training in words, with what else decides its speed."""
+    versions = result.training.versions
+    parts = [versions["device"]]
+    parts += [counted(versions["threads"], "thread")] if versions["threads"] else []
+    parts += [f"{versions['processes']} processes"] if versions["processes"] > 1 else []
+    return ", ".join(parts)
+
+
+def draw_cost(bars: Sequence[tuple[Sequence[str], Sequence[Result]]]) -> Figure:
+    names = [textwrap.fill(", ".join(arms), 34) for arms, _ in bars]
+    lines = [name.count("\n") + 1 for name in names]
+    y = np.cumsum(lines) - np.array(lines) / 2
+    figure = Figure(figsize=(WIDTH, 0.22 * sum(lines) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    seconds = [mean([r.summary["seconds"] for r in results]) for _, results in bars]
+    speeds = [mean([r.training.images_per_second for r in results]) for _, results in bars]
+    axes.barh(y, seconds, 0.7, color=OURS)
+    for place, length, speed in zip(y, seconds, speeds, strict=True):
+        axes.annotate(f"{length:.0f} s, {speed:.0f} images/s", (length, place), (4, 0), textcoords="offset points",
+                      va="center", fontsize=SMALLEST)  # fmt: skip
+    axes.set_yticks(y, names, fontsize=SMALLEST)
+    axes.set(ylim=(sum(lines), 0), xlabel="seconds of a training")
+    axes.set_xlim(0, 1.4 * max(seconds))
+    axes.grid(False)
+    axes.tick_params(axis="y", length=0)
+    return figure

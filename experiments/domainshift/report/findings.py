@@ -78,7 +78,8 @@ def against_published(arm: Arm, pair: Pair, published: Published) -> str | None:
     """
     results = arm.of(pair)
     weights = switches.plain("weights", results[0].config["weights"]) if results else "none"
-    if not results or switches.departures(results[0], () if weights == "none" else ("weights",)):
+    but = () if weights == "none" else ("weights",)
+    if not results or switches.departures(results[0], but, published.preset):
         return None
     values = [result.summary[FIGURE] for result in results]
     text = f"{arm.name}, {pair[1]}: ours {mean(values):.1f} over {counted(len(values), 'seed')}"

@@ -15,6 +15,7 @@ from domainshift.report.switches import PROTOCOL_DATA, mode_of
 
 PATH = REPOSITORY / "experiments" / "published.csv"
 
+PRESETS = {"report-A": "report-a", "report-B": "report-b"}  # what a source's runs ran
 UNSTATED = {"report-A": 0.2}  # p_zero of rows that give none: its text says so
 KINDS = {"conv": "Conv2d", "bn": "BatchNorm2d", "relu": "ReLU"}
 ORDINALS = {2: "2nd", 3: "3rd"}
@@ -29,6 +30,7 @@ class Published(NamedTuple):
     status: "valid", or why it is not
     also: other figures that the same source gives for the same thing
     doubts: what is not known of it
+    preset: what its run was, and one that repeats it must be
     """
 
     accuracy: float
@@ -36,6 +38,7 @@ class Published(NamedTuple):
     note: str
     also: Sequence[str]
     doubts: Sequence[str] = ()
+    preset: str = "course-template"
 
 
 def rows() -> list[Row]:
@@ -70,7 +73,9 @@ def find(result: Result, labels: Sequence[str], among: Sequence[Row]) -> Publish
     first, *others = rows
     texts = {f"{row['accuracy']} ({row['note']})": row["accuracy"] for row in others}
     also = [text for text, value in texts.items() if float(value) != float(first["accuracy"])]
-    return Published(float(first["accuracy"]), first["status"], first["note"], also, doubts(first))
+    preset = PRESETS.get(first["source"], "course-template")
+    accuracy = float(first["accuracy"])
+    return Published(accuracy, first["status"], first["note"], also, doubts(first), preset)
 
 
 def doubts(row: Row) -> list[str]:

@@ -18,20 +18,31 @@ from PIL import Image
 from domainshift.records.results import Result
 from domainshift.report import contents, figures, switches
 from domainshift.report.audit import RULES
+from domainshift.report.choices import Choice
 from domainshift.report.comparisons import counted
-from domainshift.report.contents import Report
+from domainshift.report.contents import Report, Section
 from domainshift.report.statistics import wilson
 from domainshift.report.study import Study
-from domainshift.report.tables import ARROW, DASH, PM, Grid, numbers, span
+from domainshift.report.tables import (
+    ARROW,
+    DASH,
+    PM,
+    PRIMARY_HEADINGS,
+    numbers,
+    primary_rows,
+    span,
+)
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-MANY_PAIRS = 4  # with more, a table shows means over pairs, and each pair in a fold below
 MAPS = 3  # pictures of maps
-MAP_WIDTH = 1100  # pixels
+MAP_WIDTH = 1100  # pixels, of a wider picture
 FAILURES = 10  # in the banner
 
 PARTS = {
+    "claims": "Published claims",
+    "choices": "Choosing without target labels",
     "findings": "All findings",
+    "cost": "What it cost",
     "maps": "Maps",
     "aside": "Records set aside, runs missing",
     "audit": "Audit",
@@ -55,7 +66,7 @@ def latex_text(text: str) -> str:
 def unbroken(text: str) -> Markup:
     """Text whose small words between numbers are no place for a line break."""
     space = "\N{NO-BREAK SPACE}"
-    words = rf"(?<=\d) ({PM}|of|to) (?=\d)"
+    words = rf"(?<=[\dp]) ({PM}|of|to|&lt;) (?=\d)"
     return Markup(re.sub(words, rf"{space}\1{space}", str(escape(text))))
 
 
@@ -92,16 +103,59 @@ def rendered(suffix: str, report: Report, **values: Any) -> str:
 
 
 def markdown(report: Report) -> str:
-    return re.sub(r"\n{3,}", "\n\n", rendered("md", report))
+    text = rendered(
+        "md",
+        report,
+        choices=[choice_row(choice) for choice in report.choices.rows],
+        choice_headings=CHOICE_HEADINGS,
+        versions=contents.versions_of(list(report.study.results.values())),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+LATEX_TARGETS = 3  # that a table of seven columns has room for
+LATEX_MARKS = {
+    "higher": r"$^{\uparrow}$", "lower": r"$^{\downarrow}$", "equal": r"$^{=}$",
+    "undecided": r"$^{?}$", "confounded": r"$^{\dagger}$", "": "",
+}  # fmt: skip
+
+
+class LatexTable(NamedTuple):
+    """A table for a paper: the arm, then accuracy and difference of each target."""
+
+    label: str
+    caption: str
+    command: str
+    headings: list[str]
+    rows: list[list[str]]
 
 
 def latex(report: Report) -> str:
-    """A tabular for each table, to be put where it is wanted; needs no package."""
+    """A float with booktabs for each table, at most seven columns wide."""
+    versions = contents.versions_of(list(report.study.results.values()))
+    tables = [latex_table(section) for section in report.sections]
+    return rendered("tex", report, tables=tables, versions=versions)
 
-    def letters(grid: Grid) -> str:
-        return "".join("r" if column.kind.startswith("n") else "l" for column in grid.columns)
 
-    return rendered("tex", report, letters=letters)
+def latex_table(section: Section) -> LatexTable:
+    main = section.main
+    shown = [i for i, heading in enumerate(main.headings) if not heading.startswith("mean")]
+    if not 0 < len(shown) <= LATEX_TARGETS:
+        shown = [len(main.headings) - 1]
+    rows = []
+    for arm, entries in main.rows:
+        cells = [latex_text(arm)]
+        for i in shown:
+            e = entries[i]
+            cells += [latex_text(e.ours), latex_text(e.difference) + LATEX_MARKS[e.mark]]
+        rows.append(cells)
+    return LatexTable(
+        section.table.name,
+        section.table.title,
+        section.command,
+        [main.headings[i] for i in shown],
+        rows,
+    )
 
 
 def as_csv(report: Report) -> str:
@@ -126,7 +180,7 @@ def page(report: Report) -> str:
     """The report as HTML that is also well-formed XML."""
     study, results = report.study, list(report.study.results.values())
     seconds = sum(r.summary["seconds"] for r in figures.trainings(results))
-    compared = report.comparisons
+    compared, passes = report.comparisons, report.audit.passes
     family = (
         f"Written by rule from the records. {counted(len(compared.primary), 'primary comparison')}, one "
         f"a target, over which Holm's correction is, and {len(compared.exploratory)} that explore."
@@ -136,13 +190,19 @@ def page(report: Report) -> str:
         report,
         style=(TEMPLATES / "style.css").read_text(),
         parts=PARTS,
-        many_pairs=MANY_PAIRS,
         banner=banner(report),
         tiles=tiles(report),
         family=family,
+        forest=figures.forest(compared.primary) if passes else None,
+        primary_headings=PRIMARY_HEADINGS,
+        primary=primary_rows(compared.primary, passes),
+        confusions=figures.confusions(study, compared.primary) if passes else [],
+        choices=[choice_row(choice) for choice in report.choices.rows],
+        choice_headings=[(name, "n" if name in CHOICE_NUMBERS else "") for name in CHOICE_HEADINGS],
         maps=maps(study),
         density=figures.density(results),
         distances=figures.random_densities(results),
+        cost=figures.cost(study),
         rules=rules(report),
         run_headings=[(name, "n" if i else "") for i, name in enumerate(RUN_HEADINGS)],
         runs=[run_row(result) for result in results],
@@ -150,6 +210,30 @@ def page(report: Report) -> str:
         f"{counted(len(figures.trainings(results)), 'training')}, {seconds / 3600:.2f} h together.",
         versions=contents.versions_of(results),
     )
+
+
+CHOICE_HEADINGS = (
+    "Table", "Target", "Validator", "Rank correlation", "Chooses", "Accuracy",
+    "Oracle: chosen by target labels, no result", "Its accuracy",
+)  # fmt: skip
+CHOICE_NUMBERS = ("Rank correlation", "Accuracy", "Its accuracy")
+
+
+def choice_row(choice: Choice) -> list[str]:
+    def most(arm: tuple[str, int]) -> str:
+        return f"{arm[0]} (in {arm[1]} of {counted(choice.seeds, 'seed')})"
+
+    correlation = "" if choice.correlation is None else f"{choice.correlation:+.2f}"
+    return [
+        choice.table,
+        choice.pair[1],
+        choice.validator,
+        correlation.replace("-", "\N{MINUS SIGN}"),
+        most(choice.chosen),
+        f"{choice.accuracy:.1f}",
+        most(choice.oracle),
+        f"{choice.oracle_accuracy:.1f}",
+    ]
 
 
 def tiles(report: Report) -> list[tuple[str, str, str]]:
@@ -243,12 +327,12 @@ def maps(study: Study) -> Maps:
 
 
 def small_png(path: Path) -> bytes:
-    """A picture at most MAP_WIDTH wide, in 128 colours: some 100 kB."""
+    """A picture at most MAP_WIDTH wide. A narrower one keeps every pixel, and no colour is changed."""
     with Image.open(path) as picture:
         picture = picture.convert("RGB")
         picture.thumbnail((MAP_WIDTH, 100 * MAP_WIDTH))
         buffer = io.BytesIO()
-        picture.quantize(128).save(buffer, "PNG", optimize=True)
+        picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -266,6 +266,95 @@ def grid_of(lines: Sequence[Line], verdicts: bool) -> Grid:
     return Grid([columns[i] for i in kept], rows, list(lines))
 
 
+# --- the main table ---------------------------------------------------------------------------
+
+MARKS = {
+    Verdict.HIGHER: "higher",
+    Verdict.LOWER: "lower",
+    Verdict.EQUAL: "equal",
+    Verdict.UNDECIDED: "undecided",
+    Verdict.CONFOUNDED: "confounded",
+}
+
+
+class Entry(NamedTuple):
+    """An arm on one target, in text; "" where there is nothing to say."""
+
+    ours: str
+    difference: str  # to the baseline, with half its interval
+    mark: str  # one word for the verdict on that difference
+    published: str
+
+
+class MainTable(NamedTuple):
+    """A row for each arm, targets as columns.
+
+    headings: of the targets, and of their mean last where there are several
+    rows: name of the arm, and an entry for each heading
+    """
+
+    headings: list[str]
+    rows: list[tuple[str, list[Entry]]]
+
+    @property
+    def published(self) -> bool:
+        return any(entry.published for _, entries in self.rows for entry in entries)
+
+
+def main_table(lines: Sequence[Line], verdicts: bool, means_only: bool) -> MainTable:
+    """The main table of lines that `lines_of` made.
+
+    Args:
+        verdicts: whether verdicts may be shown.
+        means_only: whether the targets are too many for columns, so that their mean alone is shown.
+    """
+    by_arm: dict[str, dict[Pair | None, Line]] = {}
+    for line in lines:
+        by_arm.setdefault(line.arm.name, {})[line.pair] = line
+    pairs = list(dict.fromkeys(line.pair for line in lines if line.pair is not None))
+    several = any(line.pair is None for line in lines)
+    shown: list[Pair | None] = [*([] if means_only else pairs), *([None] if several else [])]
+    sources = {source for source, _ in pairs}
+
+    def heading(pair: Pair | None) -> str:
+        if pair is None:
+            return f"mean of {counted(len(pairs), 'pair')}" if means_only else "mean"
+        return pair[1] if len(sources) == 1 else f"{pair[0]} {ARROW} {pair[1]}"
+
+    rows = [
+        (name, [entry_of(own.get(pair), verdicts) for pair in shown])
+        for name, own in by_arm.items()
+    ]
+    return MainTable([heading(pair) for pair in shown], rows)
+
+
+def entry_of(line: Line | None, verdicts: bool) -> Entry:
+    if line is None:
+        return Entry("", "", "", "")
+    c = line.comparison
+    mark = MARKS.get(c.verdict, "") if c and verdicts and c.verdict else ""
+    return Entry(last_text(line), difference_text(line), mark, published_text(line))
+
+
+# --- primary comparisons ----------------------------------------------------------------------
+
+
+def primary_rows(primary: Sequence[Comparison], verdicts: bool) -> list[list[str]]:
+    """Comparison, target, difference, verdict, the smallest difference that these seeds find, seeds."""
+    rows = []
+    for c in primary:
+        e = c.estimate
+        value = "" if e is None else with_interval(e) if e.low is not None else signed(e.mean)
+        smallest = "" if c.smallest is None else f"{c.smallest:.1f}"
+        where = c.target if c.pairs else ""
+        verdict = c.verdict_words if verdicts else ""
+        rows.append([c.name, where, value, verdict, smallest, str(len(c.seeds))])
+    return rows
+
+
+PRIMARY_HEADINGS = ("Comparison", "Target", "Difference", "Verdict", "Finds from", "Seeds")
+
+
 # --- numbers ----------------------------------------------------------------------------------
 
 FIGURES = {

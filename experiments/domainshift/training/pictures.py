@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from domainshift import files
 from domainshift.config import Config
 from domainshift.data.images import ShuffledImages, UnlabelledImages, test_transform
+from domainshift.data.pairing import epoch_order
 from domainshift.methods import Method
 from domainshift.records.results import percent
 from domainshift.records.schema import EvaluationRecord, Row
@@ -27,6 +28,7 @@ SOURCE, HELD_OUT, INVALID, GREY = "#2e6f95", "#5fa55a", "#b0a000", "#777777"
 TARGETS = ("#d1495b", "#8d5a97", "#e08e45", "#3a7d7c", "#9c6644")
 SIGNED, BINARY, SHARE = "RdBu_r", "gray", "viridis"
 MOST_LAYERS = 6  # rows of maps.png; more do not fit on a page
+PAIRED = "paired as in epoch 1 of training"
 BATCH = 8  # images in the drawn pass, enough for sensible BatchNorm statistics
 
 
@@ -109,15 +111,18 @@ def maps(path: Path, method: Method, images: TrainingImages) -> None:
     config, model, layers = method.config, method.model, method.layers
     picks = np.unique(np.linspace(0, len(layers) - 1, MOST_LAYERS).round().astype(int))
     names = [layers[i] for i in picks]
-    places = spread(images.source_indices)
-    inputs = network_input(images.source.images, places, config)
-    pictures = [(f"source: {config.source}", images.source.images[places[0]])]
+    places = spread(len(images.source_indices))
+    rows = [int(images.source_indices[place]) for place in places]
+    inputs = network_input(images.source.images, rows, config)
+    pictures = [(f"source: {config.source}", images.source.images[rows[0]])]
     recorded = []  # images whose maps are recorded, a batch for each of their domains
     shuffled = getattr(config.options, "target_transform", "") == "shuffled"
     kind = ShuffledImages if shuffled else UnlabelledImages
-    for name, (other, indices) in zip(method.others(config), images.others, strict=True):
-        rows = spread(indices)
-        pictures.append((f"maps of {name}" + ", shuffled" * shuffled, other[rows[0]]))
+    others = zip(method.others(config), images.others, strict=True)
+    for number, (name, (other, _)) in enumerate(others):
+        rows = beside(images, config, number, places)
+        title = f"maps of {name}" + ", shuffled" * shuffled + f",\n{PAIRED}"
+        pictures.append((title, other[rows[0]]))
         recorded.append(network_input(other, rows, config, kind))
     before, after = activations(method, names, inputs, recorded, ones=False)
     # shaping a map of ones gives the map that shaping multiplies by
@@ -142,11 +147,25 @@ def maps(path: Path, method: Method, images: TrainingImages) -> None:
     save(figure, path)
 
 
-def spread(indices: Sequence[int]) -> list[int]:
-    """Up to BATCH of the indices, evenly over them; the first one, which is drawn, is from the middle."""
-    places = np.unique(np.linspace(0, len(indices) - 1, BATCH).round().astype(int))
+def spread(n: int) -> list[int]:
+    """Up to BATCH of n places, evenly over them; the first one, which is drawn, is from the middle."""
+    places = np.unique(np.linspace(0, n - 1, BATCH).round().astype(int)).tolist()
     middle = len(places) // 2
-    return [int(indices[place]) for place in [*places[middle:], *places[:middle]]]
+    return [*places[middle:], *places[:middle]]
+
+
+def beside(images: TrainingImages, config: Config, number: int, places: Sequence[int]) -> list[int]:
+    """The images of one other domain that epoch 1 puts beside source images.
+
+    Args:
+        number: of the domain among `images.others`.
+        places: of the source images, among those to train on.
+    """
+    indices = images.others[number][1]
+    sizes, pairing = (len(images.source_indices), len(indices)), config.options.pairing
+    source, other = epoch_order(config.seed, 1, *sizes, pairing, number)
+    partner = dict(zip(source.tolist(), other.tolist(), strict=True))
+    return [int(indices[partner[place]]) for place in places]
 
 
 def network_input(

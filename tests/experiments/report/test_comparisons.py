@@ -363,7 +363,7 @@ def test_the_difference_to_the_control_is_in_every_file(tmp_path):
     assert row["control"] == "baseline-recal"
     assert float(row["control_difference"]) == pytest.approx(4)
     assert float(row["control_low"]) == pytest.approx(4 - 4.302653 * 2 / 3**0.5, abs=1e-4)
-    headings = [column.heading for column in report_of(folder).sections[0].grid.columns]
+    headings = [column.heading for column in report_of(folder).sections[0].details.columns]
     assert headings.index("Minus control") < headings.index("Minus baseline")
 
 

@@ -205,3 +205,26 @@ def test_weights_from_a_file_are_named_beside_a_published_figure(tmp_path):
     assert beside(folder) == [
         "1 published figure in the tables not compared with ours: our runs depart from the protocol."
     ]
+
+
+def test_a_run_of_another_protocol_is_not_compared(tmp_path):
+    """Report B's 61.63 had no gradient and maps while testing: a run of the common protocol has both."""
+    text = """
+title: other
+defaults: {preset: %s, weights: imagenet, amp: "off"}
+sources: [art_painting]
+targets: [cartoon]
+seeds: [0, 1]
+tables:
+  p-zero:
+    title: p0
+    published: [report-B report T3]
+    arms:
+      random-conv1-p0.7: {mode: random, layers: 1, p_zero: 0.7}
+profiles: {full: {}}
+"""
+    heading = "Beside the published figures"
+    (same,) = report_of(write_suite(tmp_path / "b", text % "report-b")).findings[heading]
+    assert "published 61.63" in same
+    (other,) = report_of(write_suite(tmp_path / "c", text % "course-template")).findings[heading]
+    assert other.startswith("1 published figure in the tables not compared with ours")

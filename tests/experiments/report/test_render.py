@@ -76,7 +76,7 @@ def test_epochs_that_were_not_tested_are_in_no_column(tmp_path):
     assert cell(built, "random", "cartoon", "Last epoch") == "44.7 ± 1.2"
     assert cell(built, "random", "cartoon", "Epoch selected") == ""
     assert cell(built, "random", "cartoon", "Oracle") == ""
-    headings = [column.heading for column in built.sections[0].grid.columns]
+    headings = [column.heading for column in built.sections[0].details.columns]
     assert not any(h.startswith(("Epoch", "Oracle")) for h in headings)
     assert built.findings["The choice of the epoch"] == []
 
@@ -181,7 +181,7 @@ def test_the_first_screen(files, built):
     for text in ("A small study", "profile full", "18 of 18 runs done", "passes",
                  "3 arms in 1 table, 3 seeds", "9 updates", "at most 50 images a class",
                  "+4.7 ± 3.5, undecided"):  # fmt: skip
-        assert text in first
+        assert text in first.replace("\N{NO-BREAK SPACE}", " ")
     assert built.decided == "0 of 4" and "0 of 4" in first
 
 
@@ -191,9 +191,10 @@ def test_many_pairs_are_folded(tmp_path):
     )
     page = render.page(report_of(write_suite(tmp_path / "m", text, exact)))
     tree(page)
-    means, each = page.split("Each of the 6 pairs</summary>")
-    assert means.count('class="mean"') == 3 and "→ photo" not in means
-    assert each.split("</details>")[0].count("<tr>") == 1 + 18
+    main, details = page.split("<summary>Details: ")[:2]
+    assert "mean of 6 pairs</th>" in main and "→ photo" not in main.split('class="main"')[1]
+    rows = details.split("</details>")[0]
+    assert rows.count("→ photo") == 2 * 3 and rows.count('class="mean"') == 3
 
 
 def test_an_edited_record_withholds_the_findings(tmp_path, capsys):
@@ -211,7 +212,8 @@ def test_an_edited_record_withholds_the_findings(tmp_path, capsys):
     assert "Do not quote a figure of this page" in page
     assert f"{run.name}/cartoon: cartoon.json: edited after the run: the seal does not fit" in page
     assert contents.WITHHELD in page and contents.WITHHELD in text
-    assert "minus baseline:" not in page + text and "Verdict</th>" not in page
+    assert "minus baseline:" not in page + text and "they find" not in page + text
+    assert "<em" not in page and "**" not in text
     assert "FAILS" in (folder / "report.tex").read_text()
     rows = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
     assert not any(row["verdict"] for row in rows) and len(rows) == 9
@@ -241,13 +243,12 @@ def test_maps_are_in_the_page(files, folder):
 # --- all files --------------------------------------------------------------------------------
 
 
-def test_each_table_names_its_command_and_versions(files, built):
+def test_each_table_names_its_command_and_the_page_its_versions_once(files, built):
     command_line = f"{built.study.command} --only shaping"
-    assert all(command_line in files[suffix] for suffix in ("html", "md", "tex"))
     version = f"torch {versions('cpu')['torch']}"
-    assert all(
-        "18 runs: fastshape" in files[s] and version in files[s] for s in ("html", "md", "tex")
-    )
+    for suffix in ("html", "md", "tex"):
+        assert command_line in files[suffix]
+        assert files[suffix].count("18 runs: fastshape") == files[suffix].count(version) == 1
 
 
 def test_the_same_records_give_the_same_files(files, folder):
@@ -267,12 +268,91 @@ def test_csv_is_numbers(files):
     assert (mean["correct"], row["verdict"]) == ("", "undecided")
 
 
-def test_markdown_and_latex_are_tables(files):
-    lines = [line for line in files["md"].splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 9
-    body = [line for line in files["tex"].splitlines() if line.endswith(r"\\")]
-    assert len({line.count(" & ") for line in body}) == 1 and len(body) == 9
-    assert r"art\_painting $\to$ cartoon" in files["tex"] and "±" not in "".join(body)
+def test_targets_are_columns_of_the_main_table(built, files):
+    main = built.sections[0].main
+    assert main.headings == ["cartoon", "sketch", "mean"]
+    arms = dict(main.rows)
+    assert arms["random"][0] == ("44.7 ± 1.2", "+4.7 ± 3.5", "undecided", "")
+    assert arms["random"][2] == ("49.7 ± 1.2", "+4.7 ± 3.5", "", "")  # a mean has no verdict
+    assert arms["baseline"][0].difference == ""
+    row = next(line for line in files["md"].splitlines() if line.startswith("| random | 44.7"))
+    undecided = "+4.7 ± 3.5 **undecided**"
+    assert row == (
+        f"| random | 44.7 ± 1.2 | {undecided} | 54.7 ± 1.2 | {undecided} | 49.7 ± 1.2 | +4.7 ± 3.5 |"
+    )
+
+
+def test_published_figures_stand_in_the_main_table(tmp_path):
+    text = EXACT.replace("limit: 50, ", "")
+    main = report_of(write_suite(tmp_path / "s", text, exact)).sections[0].main
+    assert dict(main.rows)["baseline"][0].published == "54.82"
+
+
+def test_markdown_tables_are_tables(files):
+    blocks = re.split(r"\n\n+", files["md"])
+    tables = [block.splitlines() for block in blocks if block.startswith("| ")]
+    assert len(tables) >= 2
+    for lines in tables:
+        assert len({line.count("|") for line in lines}) == 1
+        assert re.fullmatch(r"\|( -+:? \|)+", lines[1])
+
+
+def test_latex_is_a_float_of_at_most_seven_columns(files):
+    text = files["tex"]
+    for part in (r"\toprule", r"\midrule", r"\bottomrule", r"\caption{", r"\label{tab:shaping}"):
+        assert text.count(part) == 1
+    (columns,) = re.findall(r"\\begin{tabular}{(\w+)}", text)
+    assert columns == "lrrrr"
+    body = text.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert len(body) == 3 and all(line.count(" & ") == 4 for line in body)
+    assert r"random & 44.7 $\pm$ 1.2 & +4.7 $\pm$ 3.5$^{?}$" in body[1]
+    assert not set("±−") & set(text.split("%")[-1])
+
+
+def test_latex_of_many_targets_shows_their_mean(tmp_path):
+    text = EXACT.replace("[cartoon, sketch]", "[cartoon, photo, sketch]").replace(
+        "[art_painting]", "[art_painting, cartoon]"
+    )
+    built = report_of(write_suite(tmp_path / "m", text, exact))
+    assert [len(table.headings) for table in map(render.latex_table, built.sections)] == [1]
+
+
+# --- what is on the page ----------------------------------------------------------------------
+
+
+def test_primary_comparisons_say_what_their_seeds_would_find(files, built):
+    (c, *_) = built.comparisons.primary
+    part = files["html"].split("The primary comparisons in numbers")[1].split("</details>")[0]
+    assert part.count("<tr>") == 1 + 4 and f"<td>{c.smallest:.1f}</td>" in part
+
+
+def test_claims_stand_before_tables_with_what_decides_them(tmp_path):
+    claims = """
+claims:
+  B1: {says: "a & b", rules: [random > baseline]}
+  B2: {says: not here, undecidable: "no run can"}
+tables:"""
+    built = report_of(write_suite(tmp_path / "s", EXACT.replace("\ntables:", claims, 1), exact))
+    page = render.page(built)
+    tree(page)
+    assert page.index("Published claims") < page.index("On this page")
+    assert "a &amp; b" in page and 'class="outcome holds"' in page
+    assert 'class="outcome cannot-be-decided"' in page and "<li>no run can</li>" in page
+    assert "| B1 | a & b | holds |" in render.markdown(built)
+
+
+def test_a_page_without_claims_has_no_part_for_them(files):
+    assert "Published claims" not in files["html"] + files["md"]
+
+
+def test_pictures_of_maps_keep_their_colours(tmp_path):
+    """128 colours turned yellow into salmon."""
+    colours = [(250, 210 + i % 8, 30 + i % 16) for i in range(300)]
+    picture = Image.new("RGB", (300, 1))
+    picture.putdata(colours)
+    picture.save(tmp_path / "maps.png")
+    again = Image.open(io.BytesIO(render.small_png(tmp_path / "maps.png")))
+    assert list(again.convert("RGB").getdata()) == colours
 
 
 def test_markdown_has_a_blank_line_around_every_block(files):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from domainshift.records import results
-from domainshift.training import pictures
+from domainshift.training import loop, pictures
 from domainshift.training.run import build
 from PIL import Image
 from tiny_runs import run, setup_of
@@ -67,12 +67,49 @@ def test_maps_show_the_images_and_the_layers(tmp_path, figures, switches, domain
     before = {name: t.clone() for name, t in method.model.state_dict().items()}
     pictures.maps(tmp_path, method, images)
     words = titles(figures[0])
+    domains = [f"{domain},\npaired as in epoch 1 of training" for domain in domains]
     assert words[: 1 + len(domains)] == ["source: art_painting", *domains]
     assert words[1 + len(domains) :].count("before: x") == len(method.layers)
     texts = [text.get_text() for axes in figures[0].axes for text in axes.texts]
     assert texts[0].startswith(formula)
     after = method.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def pairs_in_training(monkeypatch, config, images):
+    """Image of the source -> image of each other domain, as epoch 1 of a training reads them."""
+    read, own_batches = [], loop.own_batches
+
+    def recorded(dataset, order, config):
+        read.append(dataset.indices[order].tolist())
+        return own_batches(dataset, order, config)
+
+    monkeypatch.setattr(loop, "own_batches", recorded)
+    list(images.epoch(config, 1))
+    source, *others = read
+    return [dict(zip(source, other, strict=True)) for other in others]
+
+
+@pytest.mark.parametrize("pairing", ["random", "modulo"])
+@pytest.mark.parametrize("mask_sources", [[], ["photo", "cartoon"]])
+def test_maps_pair_images_as_training_does(tmp_path, figures, monkeypatch, pairing, mask_sources):
+    switches = {"mode": "da", "layers": [4], "pairing": pairing, "holdout": 0.3, "seed": 5}
+    method, images = built(tmp_path, **switches, mask_sources=mask_sources)
+    drawn, network_input = [], pictures.network_input
+
+    def recorded(of, rows, *more):
+        drawn.append(list(rows))
+        return network_input(of, rows, *more)
+
+    monkeypatch.setattr(pictures, "network_input", recorded)
+    pictures.maps(tmp_path, method, images)
+    source, *others = drawn
+    pairs = pairs_in_training(monkeypatch, method.config, images)
+    assert [[partner[row] for row in source] for partner in pairs] == others
+    shown = [axes.images[0].get_array() for axes in figures[0].axes[: 1 + len(pairs)]]
+    assert np.array_equal(shown[0], images.source.images[source[0]])
+    for picture, (other, _), partner in zip(shown[1:], images.others, pairs, strict=True):
+        assert np.array_equal(picture, other[partner[source[0]]])
 
 
 def test_what_is_drawn_is_what_shaping_does(tmp_path):
