@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from domainshift.data.device import loader
 from domainshift.data.images import (
@@ -16,6 +15,7 @@ from domainshift.data.images import (
     UnlabelledImages,
     train_transform,
 )
+from domainshift.plotting import Figure
 
 IMAGES, EPOCHS = 12, 3  # in a picture
 

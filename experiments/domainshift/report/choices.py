@@ -10,7 +10,7 @@ import numpy as np
 
 from domainshift.errors import BadInput
 from domainshift.records.results import Result, read_predictions
-from domainshift.report.comparisons import FIGURE
+from domainshift.report.comparisons import FIGURE, counted
 from domainshift.report.statistics import mean
 from domainshift.report.study import Pair, Study, Table
 from domainshift.selection import VALIDATORS, Inputs, Selection, select
@@ -56,12 +56,23 @@ def choices_of(study: Study) -> Choices:
                 s for seed in seeds_of(table, pair) if (s := of_seed(table, pair, seed, known))
             ]
             rows += over_seeds(table, pair, by_seed)
+    unread = sum(inputs is None for inputs in known.values())
+    if unread:
+        notes.append(
+            f"{unread} of {counted(len(known), 'run')} not scored: their predictions are not kept or "
+            "cannot be read."
+        )
     scored = {row.validator for row in rows}
     if rows and (missing := [v.title for v in VALIDATORS.values() if v.title not in scored]):
-        notes.append(
-            f"{' and '.join(missing)}: not here, because no source image is held out (holdout 0)."
-        )
+        notes.append(f"{' and '.join(missing)}: not here, because {why_missing(study)}.")
     return Choices(rows, notes)
+
+
+def why_missing(study: Study) -> str:
+    """Why validators that need held-out source images have no row."""
+    if all(result.holdout is None for result in study.used):
+        return "no source image is held out (holdout 0)"
+    return "not every arm has predictions on held-out source images"
 
 
 def seeds_of(table: Table, pair: Pair) -> list[int]:

@@ -264,7 +264,10 @@ class Comparison(NamedTuple):
             return f"equal within {self.margin:g} points (p {p_text(self.adjusted_equal)})"
         if verdict == Verdict.UNDECIDED:
             seeds = f"{NUMBERS.get(len(self.seeds), len(self.seeds))} seeds"
-            return f"undecided: {seeds} cannot say (they find {self.smallest:.1f} points or more)"
+            words = f"undecided: {seeds} cannot say"
+            if self.smallest is None or self.smallest > 100:  # no difference is as large
+                return words
+            return f"{words} (they find {self.smallest:.1f} points or more)"
         if verdict == Verdict.CONFOUNDED:
             return f"no verdict: confounded by {', '.join(self.confounds)}"
         return str(verdict)

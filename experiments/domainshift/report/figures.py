@@ -14,14 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import nn
 
 from domainshift.errors import BadInput
 from domainshift.models import bare_model
+from domainshift.plotting import Axes, Figure, matplotlib
 from domainshift.records.results import Result, percent
 from domainshift.report import switches
 from domainshift.report.comparisons import (
@@ -40,7 +38,7 @@ INK = "#010203"  # stands for the page's text colour
 OURS, THEIRS, REFERENCE = "#2f7fc1", "#d9822b", "#8a8a8a"
 COLOURS = ("#2f7fc1", "#d9822b", "#3a9d6e", "#d1495b", "#8a63c2", "#7a6a58", "#c2a227", "#5fb0c9")
 WIDTH = 7.2  # inches
-SMALLEST = 9  # points, of any text
+TEXT, SMALLEST = 11.5, 10.5  # points; 420 pixels wide, 8.6 and 7.9 pixels
 PANELS = 4  # source-target pairs that get a panel each; more share a matrix
 CURVES = 14  # lines in a panel of learning curves
 DEGREE = 4  # of the curve over p_zero
@@ -82,8 +80,8 @@ def settle(figure: Figure) -> None:
 
 
 STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10,
+    "font.size": TEXT,
+    "axes.titlesize": TEXT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -537,7 +535,17 @@ LOOKS = {
     Verdict.EQUAL: Look("equal within the margin", "#3a9d6e", "s"),
     Verdict.UNDECIDED: Look("undecided or no verdict", "#8a8a8a", "o"),
 }
-FOREST_TEXT = 11.5  # points, which are 9 pixels on a narrow screen
+WORDS = {
+    Verdict.HIGHER: "higher",
+    Verdict.LOWER: "lower",
+    Verdict.EQUAL: "equal",
+    Verdict.UNDECIDED: "undecided",
+    Verdict.CONFOUNDED: "confounded",
+    Verdict.ONE_SEED: "one seed",
+    Verdict.NO_SPREAD: "no spread",
+}
+VERDICTS_WIDTH = 1.1  # inches, of the column of words
+NUMBERS = 1 - VERDICTS_WIDTH / WIDTH  # right end of the numbers, in parts of the figure
 ROW = 0.28  # inches
 HEADING = 72  # signs in a line
 
@@ -556,7 +564,7 @@ def forest(primary: Sequence[Comparison]) -> Picture | None:
     groups: dict[str, list[Comparison]] = {}
     for c in primary:
         groups.setdefault(c.name, []).append(c)
-    with matplotlib.rc_context(STYLE | {"font.size": FOREST_TEXT}):
+    with matplotlib.rc_context(STYLE):
         figure, axes, places = forest_axes(groups)
         for name, group in groups.items():
             draw_group(axes, name, group, places[name])
@@ -589,7 +597,7 @@ def forest_axes(
         places[name] = y
         y += len(group) + 0.3
     longest = max(len(row_name(c, group)) for group in groups.values() for c in group)
-    left, right, top, bottom = 0.25 + 0.095 * longest, 1.15, 0.05, 1.15  # inches
+    left, right, top, bottom = 0.25 + 0.095 * longest, 1.15 + VERDICTS_WIDTH, 0.05, 1.15  # inches
     height = ROW * y + top + bottom
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((left / WIDTH, bottom / height, 1 - (left + right) / WIDTH,
@@ -635,7 +643,8 @@ def draw_group(axes: Axes, name: str, group: Sequence[Comparison], first: float)
             axes.plot([e.mean], [y], look.marker, ms=8, color=look.colour, label=look.label)
             if e.low is not None:
                 axes.hlines(y, e.low, e.high, colors=look.colour, lw=2)
-        axes.annotate(text, (1, y), ha="right", **words)
+        axes.annotate(text, (NUMBERS, y), ha="right", **words)
+        axes.annotate(WORDS.get(c.verdict, ""), (1, y), ha="right", **words)
 
 
 # --- confusions -------------------------------------------------------------------------------
@@ -749,8 +758,9 @@ def cost(study: Study) -> Picture | None:
         if own:
             key = frozenset(str(result.folder) for result in own)
             bars.setdefault(key, ([], own))[0].append(arm.name)
+    baseline = next((table.baseline.name for table in study.tables if table.baseline), None)
     with matplotlib.rc_context(STYLE):
-        figure = draw_cost(list(bars.values()))
+        figure = draw_cost(list(bars.values()), baseline)
     caption = (
         "Seconds of one training with the tests after its epochs, mean over the trainings of an arm, "
         f"and the source images that it trained on a second. All on {device}."
@@ -770,7 +780,9 @@ def device_of(result: Result) -> str:
     return ", ".join(parts)
 
 
-def draw_cost(bars: Sequence[tuple[Sequence[str], Sequence[Result]]]) -> Figure:
+def draw_cost(
+    bars: Sequence[tuple[Sequence[str], Sequence[Result]]], baseline: str | None
+) -> Figure:
     names = [textwrap.fill(", ".join(arms), 34) for arms, _ in bars]
     lines = [name.count("\n") + 1 for name in names]
     y = np.cumsum(lines) - np.array(lines) / 2
@@ -778,13 +790,19 @@ def draw_cost(bars: Sequence[tuple[Sequence[str], Sequence[Result]]]) -> Figure:
     axes = figure.subplots()
     seconds = [mean([r.summary["seconds"] for r in results]) for _, results in bars]
     speeds = [mean([r.training.images_per_second for r in results]) for _, results in bars]
+    of_baseline = [
+        length for (arms, _), length in zip(bars, seconds, strict=True) if baseline in arms
+    ]
     axes.barh(y, seconds, 0.7, color=OURS)
-    for place, length, speed in zip(y, seconds, speeds, strict=True):
-        axes.annotate(f"{length:.0f} s, {speed:.0f} images/s", (length, place), (4, 0), textcoords="offset points",
-                      va="center", fontsize=SMALLEST)  # fmt: skip
+    for (arms, _), place, length, speed in zip(bars, y, seconds, speeds, strict=True):
+        text = f"{length:.0f} s, {speed:.0f} images/s"
+        if of_baseline and baseline not in arms:
+            text += f", {length / of_baseline[0]:.2f} x {baseline}"
+        axes.annotate(text, (length, place), (4, 0), textcoords="offset points", va="center",
+                      fontsize=SMALLEST)  # fmt: skip
     axes.set_yticks(y, names, fontsize=SMALLEST)
     axes.set(ylim=(sum(lines), 0), xlabel="seconds of a training")
-    axes.set_xlim(0, 1.4 * max(seconds))
+    axes.set_xlim(0, (2.0 if of_baseline else 1.4) * max(seconds))  # room for the words
     axes.grid(False)
     axes.tick_params(axis="y", length=0)
     return figure

@@ -41,6 +41,18 @@ WORDS = {
 }
 
 
+MANY = 4  # source-target pairs, beyond which a sentence counts them
+
+
+def many(group: Sequence[Comparison]) -> str:
+    """A comparison's verdicts, counted, and the range of its differences."""
+    counts = Counter(str(c.verdict) for c in group)
+    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
+    means = [c.estimate.mean for c in group if c.estimate]
+    span = f"; differences from {signed(min(means))} to {signed(max(means))}" if means else ""
+    return f"of {len(group)} pairs of domains {verdicts}{span}"
+
+
 def by_comparison(primary: Sequence[Comparison]) -> list[list[Comparison]]:
     """The primary comparisons in the order of the suite, those of the same arms together."""
     groups: dict[str, list[Comparison]] = {}
@@ -50,9 +62,12 @@ def by_comparison(primary: Sequence[Comparison]) -> list[list[Comparison]]:
 
 
 def primary_sentences(primary: Sequence[Comparison]) -> list[str]:
-    """One sentence for each declared comparison: what came out on each target."""
+    """One sentence for each declared comparison: what came out on each target, or how often of many."""
     sentences = []
     for group in by_comparison(primary):
+        if len(group) > MANY:
+            sentences.append(f"{group[0].name}: {many(group)}.")
+            continue
         sources = {source for c in group for source, _ in c.pairs}
         parts = []
         for c in group:

@@ -7,7 +7,7 @@ import csv
 import functools
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from domainshift.report.tables import (
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 MAPS = 3  # pictures of maps
-MAP_WIDTH = 1100  # pixels, of a wider picture
+MAP_WIDTH = 1700  # pixels: those of maps.png, whose squares a smaller size would blur
 FAILURES = 10  # in the banner
 
 PARTS = {
@@ -64,10 +64,12 @@ def latex_text(text: str) -> str:
 
 
 def unbroken(text: str) -> Markup:
-    """Text whose small words between numbers are no place for a line break."""
-    space = "\N{NO-BREAK SPACE}"
+    """Text whose small words and dashes between numbers are no place for a line break."""
+    space, joiner = "\N{NO-BREAK SPACE}", "\N{WORD JOINER}"
     words = rf"(?<=[\dp]) ({PM}|of|to|&lt;) (?=\d)"
-    return Markup(re.sub(words, rf"{space}\1{space}", str(escape(text))))
+    text = re.sub(words, rf"{space}\1{space}", str(escape(text)))
+    text = re.sub(r"\bp (?=\d)", f"p{space}", text)
+    return Markup(re.sub(rf"(?<=\d){DASH}(?=\d)", f"{joiner}{DASH}{joiner}", text))
 
 
 @functools.cache
@@ -128,6 +130,7 @@ class LatexTable(NamedTuple):
     command: str
     headings: list[str]
     rows: list[list[str]]
+    marks: list[str]  # what the signs of its verdicts mean
 
 
 def latex(report: Report) -> str:
@@ -142,6 +145,7 @@ def latex_table(section: Section) -> LatexTable:
     shown = [i for i, heading in enumerate(main.headings) if not heading.startswith("mean")]
     if not 0 < len(shown) <= LATEX_TARGETS:
         shown = [len(main.headings) - 1]
+    used = {entries[i].mark for _, entries in main.rows for i in shown}
     rows = []
     for arm, entries in main.rows:
         cells = [latex_text(arm)]
@@ -155,6 +159,7 @@ def latex_table(section: Section) -> LatexTable:
         section.command,
         [main.headings[i] for i in shown],
         rows,
+        [f"{sign} {word}" for word, sign in LATEX_MARKS.items() if word in used - {""}],
     )
 
 
@@ -195,7 +200,7 @@ def page(report: Report) -> str:
         family=family,
         forest=figures.forest(compared.primary) if passes else None,
         primary_headings=PRIMARY_HEADINGS,
-        primary=primary_rows(compared.primary, passes),
+        primary=primary_rows(compared.primary) if passes else [],
         confusions=figures.confusions(study, compared.primary) if passes else [],
         choices=[choice_row(choice) for choice in report.choices.rows],
         choice_headings=[(name, "n" if name in CHOICE_NUMBERS else "") for name in CHOICE_HEADINGS],
@@ -204,8 +209,7 @@ def page(report: Report) -> str:
         distances=figures.random_densities(results),
         cost=figures.cost(study),
         rules=rules(report),
-        run_headings=[(name, "n" if i else "") for i, name in enumerate(RUN_HEADINGS)],
-        runs=[run_row(result) for result in results],
+        runs=filled(RUN_HEADINGS, [run_row(result) for result in results]),
         runs_line=f"{counted(len(results), 'finished run')} of "
         f"{counted(len(figures.trainings(results)), 'training')}, {seconds / 3600:.2f} h together.",
         versions=contents.versions_of(results),
@@ -221,7 +225,7 @@ CHOICE_NUMBERS = ("Rank correlation", "Accuracy", "Its accuracy")
 
 def choice_row(choice: Choice) -> list[str]:
     def most(arm: tuple[str, int]) -> str:
-        return f"{arm[0]} (in {arm[1]} of {counted(choice.seeds, 'seed')})"
+        return arm[0] if choice.seeds == 1 else f"{arm[0]} ({arm[1]} of {choice.seeds} seeds)"
 
     correlation = "" if choice.correlation is None else f"{choice.correlation:+.2f}"
     return [
@@ -241,10 +245,11 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
     passes = report.audit.passes
     failures = counted(len(report.audit.failures), "failure")
     runs = contents.progress(report.study)
+    decided = report.decided if report.comparisons.primary else "none declared"
     return [
         ("Runs", runs, "open" if report.study.missing else "good"),
         ("Audit", "passes" if passes else f"FAILS: {failures}", "good" if passes else "bad"),
-        ("Primary comparisons decided", report.decided if passes else "withheld", ""),
+        ("Primary comparisons decided", decided if passes else "withheld", ""),
         ("Seeds", seeds(report.study), ""),
     ]
 
@@ -299,6 +304,14 @@ def run_row(result: Result) -> list[str]:
         f"{training.images_per_second:.0f}",
         f"{training.weights.source} {(training.weights.sha256 or '')[:8]}",
     ]
+
+
+def filled(
+    headings: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that are empty in every row."""
+    kept = [i for i in range(len(headings)) if any(row[i] for row in rows)]
+    return [headings[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 class Maps(NamedTuple):

@@ -237,15 +237,15 @@ COLUMNS = (
     Column("Last epoch", last_text),
     Column("Seeds", seeds_text),
     Column("Minus control", controls_text, "control"),
-    Column("Minus baseline", difference_text),
+    Column("Minus baseline", difference_text, "n difference"),
     Column("Verdict", verdict_text, "verdict"),
+    Column("Flags", flags_text, "flags"),  # before what may have to be scrolled to
     Column("k of n", counts_text),
     Column("Test set alone", lambda line: span(line.wilson)),
     Column("Epoch selected on source", figure("selected_target_accuracy")),
     Column("Oracle: epoch chosen by target labels", figure("oracle_target_accuracy"), "n oracle"),
     Column("INVALID: tested on training images", figure("invalid_test_accuracy"), "n invalid"),
     Column("Largest class", majority_text),
-    Column("Flags", flags_text, "flags"),
 )
 
 
@@ -296,10 +296,6 @@ class MainTable(NamedTuple):
     headings: list[str]
     rows: list[tuple[str, list[Entry]]]
 
-    @property
-    def published(self) -> bool:
-        return any(entry.published for _, entries in self.rows for entry in entries)
-
 
 def main_table(lines: Sequence[Line], verdicts: bool, means_only: bool) -> MainTable:
     """The main table of lines that `lines_of` made.
@@ -333,13 +329,24 @@ def entry_of(line: Line | None, verdicts: bool) -> Entry:
         return Entry("", "", "", "")
     c = line.comparison
     mark = MARKS.get(c.verdict, "") if c and verdicts and c.verdict else ""
-    return Entry(last_text(line), difference_text(line), mark, published_text(line))
+    return Entry(last_text(line), short_difference(c, line.pairs), mark, published_text(line))
+
+
+def short_difference(comparison: Comparison | None, pairs: Sequence[Pair]) -> str:
+    """'+4.7 ± 2.9', without an interval '+4.7', and in brackets what is not in it."""
+    if comparison is None or comparison.estimate is None:
+        return ""
+    e, gaps = comparison.estimate, [comparison.gaps] if comparison.gaps else []
+    if set(comparison.pairs) != set(pairs):
+        gaps.append(f"{len(comparison.pairs)} of {len(pairs)} pairs")
+    text = signed(e.mean) if e.low is None else with_interval(e)
+    return f"{text} ({', '.join(gaps)})" if gaps else text
 
 
 # --- primary comparisons ----------------------------------------------------------------------
 
 
-def primary_rows(primary: Sequence[Comparison], verdicts: bool) -> list[list[str]]:
+def primary_rows(primary: Sequence[Comparison]) -> list[list[str]]:
     """Comparison, target, difference, verdict, the smallest difference that these seeds find, seeds."""
     rows = []
     for c in primary:
@@ -347,8 +354,7 @@ def primary_rows(primary: Sequence[Comparison], verdicts: bool) -> list[list[str
         value = "" if e is None else with_interval(e) if e.low is not None else signed(e.mean)
         smallest = "" if c.smallest is None else f"{c.smallest:.1f}"
         where = c.target if c.pairs else ""
-        verdict = c.verdict_words if verdicts else ""
-        rows.append([c.name, where, value, verdict, smallest, str(len(c.seeds))])
+        rows.append([c.name, where, value, c.verdict_words, smallest, str(len(c.seeds))])
     return rows
 
 

@@ -10,9 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from domainshift import files
@@ -20,6 +17,7 @@ from domainshift.config import Config
 from domainshift.data.images import ShuffledImages, UnlabelledImages, test_transform
 from domainshift.data.pairing import epoch_order
 from domainshift.methods import Method
+from domainshift.plotting import Axes, Figure, FigureCanvasAgg
 from domainshift.records.results import percent
 from domainshift.records.schema import EvaluationRecord, Row
 from domainshift.training.loop import TrainingImages

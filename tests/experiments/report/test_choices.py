@@ -42,9 +42,19 @@ def test_a_row_for_each_validator_and_target(folder, monkeypatch):
     assert row.correlation == pytest.approx((0 + 0.5 - 0.5) / 3)
     assert (row.seeds, row.arms) == (3, 3)
     assert notes == [
+        "Held-out source accuracy and Deep Embedded Validation (DEV): not here, because not every arm "
+        "has predictions on held-out source images."
+    ]
+
+
+def test_without_held_out_images_two_validators_are_missing(tmp_path):
+    folder = write_suite(tmp_path / "s", EXACT.replace(", holdout: 0.1", ""), exact)
+    rows, (note,) = choices_of(read_study(folder))
+    assert len({row.validator for row in rows}) == 3
+    assert note == (
         "Held-out source accuracy and Deep Embedded Validation (DEV): not here, because no source "
         "image is held out (holdout 0)."
-    ]
+    )
 
 
 def test_held_out_images_give_all_validators(folder):
@@ -68,7 +78,18 @@ def test_predictions_that_cannot_be_read_are_no_candidates(tmp_path):
     study = read_study(folder)
     for path in folder.glob("da-*/evaluations/cartoon.npz"):
         path.write_bytes(b"no archive")
-    assert {row.pair[1] for row in choices_of(study).rows} == {"sketch"}
+    rows, notes = choices_of(study)
+    assert {row.pair[1] for row in rows} == {"sketch"}
+    assert notes == ["3 of 18 runs not scored: their predictions are not kept or cannot be read."]
+
+
+def test_a_page_without_predictions_says_why_nothing_is_chosen(tmp_path):
+    folder = write_suite(tmp_path / "s", EXACT, exact)
+    study = read_study(folder)
+    for path in folder.glob("*/evaluations/*.npz"):
+        path.unlink()
+    rows, notes = choices_of(study)
+    assert rows == [] and notes[0].startswith("18 of 18 runs not scored")
 
 
 def test_the_page_names_the_oracle_for_what_it_is(folder):

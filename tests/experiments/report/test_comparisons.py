@@ -134,6 +134,14 @@ def test_the_rule_of_verdicts(mean, low, high, adjusted, equal, n, expected):
         assert one._replace(confounds=["lr"]).verdict == Verdict.CONFOUNDED
 
 
+def test_a_difference_that_cannot_be_is_not_said_to_be_found():
+    """Two seeds with a spread of their own find differences of hundreds of points."""
+    e = Estimate(-19.6, 12.6, -133, 94, 0.3, 2, 8.9, 1)
+    one = Comparison("", None, None, e, seeds=(0, 1), primary=True, adjusted=1.0, smallest=1748.3)
+    assert one.verdict_words == "undecided: two seeds cannot say"
+    assert one._replace(smallest=40.0).verdict_words.endswith("(they find 40.0 points or more)")
+
+
 # --- the largest full block -------------------------------------------------------------------
 
 A, B, C = ("s", "a"), ("s", "b"), ("s", "c")

@@ -222,7 +222,7 @@ def test_no_text_is_too_small_to_read(built, sweep, tmp_path):
         texts = re.findall(r"<text[^>]*style=\"[^\"]*\"", p.svg)
         sizes = [float(size) for text in texts for size in re.findall(r"font(?:-size)?:[^;]*?([\d.]+)px", text)]  # fmt: skip
         assert len(sizes) == len(texts) > 0
-        assert min(sizes) >= 9, p.title
+        assert min(sizes) >= figures.SMALLEST > 10, p.title
 
 
 # --- primary comparisons ----------------------------------------------------------------------
@@ -235,11 +235,11 @@ def primary():
 
 
 def words(figure):
-    """(words, place) of the headings, the targets and the numbers of a forest plot."""
+    """(words, place) of the headings, the targets, the numbers and the verdicts of a forest plot."""
     texts = [(t.get_text(), *t.xy) for t in figure.axes[0].texts]
     return [
         [(text, y) for text, x, y in sorted(texts, key=lambda t: t[2]) if x == at]
-        for at in (0, 0.02, 1)
+        for at in (0, 0.02, figures.NUMBERS, 1)
     ]
 
 
@@ -270,17 +270,18 @@ def margins(axes):
 
 
 def test_a_forest_keeps_the_order_of_the_suite(primary):
-    headings, targets, numbers = words(figures.forest(primary).figure)
+    headings, targets, numbers, verdicts = words(figures.forest(primary).figure)
     assert [text for text, _ in headings] == [f"{a} minus {b}" for a, b in PRIMARY]
     assert [text for text, _ in targets] == list(TARGETS) * len(PRIMARY)
     assert [text for text, _ in numbers] == [with_interval(c.estimate) for c in primary]
+    assert [text for text, _ in verdicts] == [str(c.verdict).split()[0] for c in primary]
     means = [c.estimate.mean for c in primary]
     assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
 def test_a_forest_has_each_mean_and_interval_in_its_row(primary):
     figure = figures.forest(primary).figure
-    axes, (_, targets, _) = figure.axes[0], words(figure)
+    axes, (_, targets, *_) = figure.axes[0], words(figure)
     for c, (_, y) in zip(primary, targets, strict=True):
         assert points(axes)[y][0] == c.estimate.mean
         assert intervals(axes)[y] == (c.estimate.low, c.estimate.high)
@@ -292,7 +293,7 @@ def test_a_forests_colours_and_shapes_say_the_verdict(primary):
     assert {c.verdict for c in primary} >= {Verdict.HIGHER, Verdict.LOWER, Verdict.EQUAL, Verdict.UNDECIDED}  # fmt: skip
     confounded = [c._replace(confounds=["bn"]) if i == 0 else c for i, c in enumerate(primary)]
     figure = figures.forest(confounded).figure
-    axes, (_, targets, _) = figure.axes[0], words(figure)
+    axes, (_, targets, *_) = figure.axes[0], words(figure)
     looks = {}
     for c, (_, y) in zip(confounded, targets, strict=True):
         looks.setdefault(c.verdict, set()).add(points(axes)[y][1:])
@@ -412,14 +413,15 @@ def timed(folder, seconds, device="a GPU", threads=None, processes=1):
     return SimpleNamespace(folder=Path(folder), summary={"seconds": seconds}, training=training)
 
 
-def study_of(**arms):
+def study_of(baseline=None, **arms):
     """A study of arms with these results."""
     made = []
     for name, results in arms.items():
         by_key = {("photo", "sketch", seed): result for seed, result in enumerate(results)}
         made.append(Arm(name, dict.fromkeys(by_key, ""), by_key))
     results = {f"{arm.name}{i}": r for arm in made for i, r in enumerate(arm.results.values())}
-    return Study(Path(), "s", "", [Table("t", "", made)], results, [], [])
+    base = next((arm for arm in made if arm.name == baseline), None)
+    return Study(Path(), "s", "", [Table("t", "", made, baseline=base)], results, [], [])
 
 
 def bars_of(picture):
@@ -436,6 +438,12 @@ def test_cost_is_the_mean_over_trainings():
     texts = [t.get_text() for t in drawn.figure.axes[0].texts]
     assert texts == ["15 s, 150 images/s", "50 s, 500 images/s"]
     assert drawn.caption.endswith("All on a GPU.")
+
+
+def test_cost_is_beside_the_baselines():
+    drawn = figures.cost(study_of("plain", plain=[timed("a", 10.0)], shaped=[timed("b", 13.0)]))
+    texts = [t.get_text() for t in drawn.figure.axes[0].texts]
+    assert texts == ["10 s, 100 images/s", "13 s, 130 images/s, 1.30 x plain"]
 
 
 def test_arms_of_the_same_trainings_share_a_bar():

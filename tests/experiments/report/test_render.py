@@ -1,5 +1,6 @@
 """The report as files: figures by hand, one page that needs nothing, tables that are tables."""
 
+import base64
 import csv
 import io
 import re
@@ -148,6 +149,8 @@ def test_collapse_is_flagged_and_counts_an_arms_runs_of_every_table(tmp_path):
     folder = write_suite(tmp_path / "c", yaml.safe_dump(content), exact, collapsed=True)
     built = report_of(folder)
     assert cell(built, "da", "cartoon", "Flags") == "one class for 100 % in 3 of 3 runs"
+    headings = [column.heading for column in built.sections[0].details.columns]
+    assert headings.index("Flags") < headings.index("k of n")
     assert "In 3 arms some runs call nearly every target image one class." in built.main
     assert set(built.findings["Collapse"]) == {
         f"{arm}: 6 of 6 runs call one class more than 90 % of the images" for arm in GAINS
@@ -214,6 +217,8 @@ def test_an_edited_record_withholds_the_findings(tmp_path, capsys):
     assert contents.WITHHELD in page and contents.WITHHELD in text
     assert "minus baseline:" not in page + text and "they find" not in page + text
     assert "<em" not in page and "**" not in text
+    assert "The primary comparisons in numbers" not in page and "Confusions of" not in page
+    assert '<details open="open"><summary>Rules that fail: 1 of' in page
     assert "FAILS" in (folder / "report.tex").read_text()
     rows = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
     assert not any(row["verdict"] for row in rows) and len(rows) == 9
@@ -238,6 +243,22 @@ def test_maps_are_in_the_page(files, folder):
     pattern = r'<img class="maps" alt="Maps of (\S+)" src="data:image/png;base64,'
     image = re.search(pattern, files["html"])
     assert image[1] == find_cell(folder, "da", "cartoon", 0).training
+
+
+def test_a_narrow_picture_of_maps_keeps_every_pixel(files, folder):
+    """Half the pixels blur the squares of a map."""
+    data = re.search(r'src="data:image/png;base64,([^"]*)"', files["html"])[1]
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    (path,) = folder.glob("*/maps.png")
+    kept = Image.open(path).convert("RGB")
+    assert shown.size == kept.size == (1600, 400) and shown.tobytes() == kept.tobytes()
+
+
+def test_folds_are_open_in_print():
+    style = (render.TEMPLATES / "style.css").read_text()
+    of_print = style.split("@media print")[1]
+    assert "details::details-content { content-visibility: visible;" in of_print
+    assert "position: static" in of_print and ".wide { overflow: visible; }" in of_print
 
 
 # --- all files --------------------------------------------------------------------------------
@@ -282,6 +303,33 @@ def test_targets_are_columns_of_the_main_table(built, files):
     )
 
 
+def test_a_difference_of_one_seed_stands_without_an_interval(tmp_path):
+    text = EXACT.replace("seeds: [0, 1, 2]", "seeds: [0]")
+    main = report_of(write_suite(tmp_path / "s", text, exact)).sections[0].main
+    assert dict(main.rows)["random"][0] == ("44.0", "+4.0", "", "")
+
+
+def test_the_main_table_says_what_is_not_in_a_difference(tmp_path):
+    gone = [("da", "cartoon", 2)]
+    main = report_of(write_suite(tmp_path / "s", EXACT, exact, without=gone)).sections[0].main
+    cartoon, sketch, mean = dict(main.rows)["da"]
+    assert cartoon.difference == "+1.0 ± 12.7 (1 missing)"
+    assert sketch.difference == "+0.0 ± 3.5"
+    assert mean.difference == "+1.0 ± 12.7 (1 missing, 1 left out)"
+
+
+def test_a_comparison_on_many_pairs_is_one_short_sentence(tmp_path):
+    text = EXACT.replace("[art_painting]", "[art_painting, sketch]").replace(
+        "[cartoon, sketch]", "[art_painting, cartoon, photo, sketch]"
+    )
+    built = report_of(write_suite(tmp_path / "m", text, exact))
+    assert built.main[1] == (
+        "random minus baseline: of 6 pairs of domains 6 undecided; differences from +4.7 to +4.7."
+    )
+    page = render.page(built)
+    assert page.count("undecided: three seeds cannot say") >= 12  # in the fold, each pair
+
+
 def test_published_figures_stand_in_the_main_table(tmp_path):
     text = EXACT.replace("limit: 50, ", "")
     main = report_of(write_suite(tmp_path / "s", text, exact)).sections[0].main
@@ -307,6 +355,27 @@ def test_latex_is_a_float_of_at_most_seven_columns(files):
     assert len(body) == 3 and all(line.count(" & ") == 4 for line in body)
     assert r"random & 44.7 $\pm$ 1.2 & +4.7 $\pm$ 3.5$^{?}$" in body[1]
     assert not set("±−") & set(text.split("%")[-1])
+    assert "primary comparisons:\n$^{?}$ undecided.}" in text  # the one sign that it has
+
+
+def test_latex_without_primary_comparisons_explains_no_sign(tmp_path):
+    text = EXACT.replace("primary: [[random, baseline], [da, baseline]]\n", "")
+    built = report_of(write_suite(tmp_path / "s", text, exact))
+    assert ("Primary comparisons decided", "none declared", "") in render.tiles(built)
+    tex = render.latex(built)
+    assert "interval.\n}" in tex and "Verdicts" not in tex and "$^{" not in tex
+
+
+def test_columns_without_a_word_are_left_out():
+    rows = [["a", "", "1"], ["b", "", ""]]
+    assert render.filled(["x", "y", "z"], rows) == (["x", "z"], [["a", "1"], ["b", ""]])
+    assert render.filled(["x"], []) == ([], [])
+
+
+def test_numbers_are_not_broken_over_lines():
+    text = render.unbroken("154–161 of 350, p 0.02, a – b")
+    space, joiner = "\N{NO-BREAK SPACE}", "\N{WORD JOINER}"
+    assert text == f"154{joiner}–{joiner}161{space}of{space}350, p{space}0.02, a – b"
 
 
 def test_latex_of_many_targets_shows_their_mean(tmp_path):
@@ -336,6 +405,8 @@ tables:"""
     page = render.page(built)
     tree(page)
     assert page.index("Published claims") < page.index("On this page")
+    headings = page.split('class="claims"')[1].split("</thead>")[0]
+    assert re.findall(r">([^<>]+)</th>", headings) == ["Claim", "What the report says", "Outcome"]
     assert "a &amp; b" in page and 'class="outcome holds"' in page
     assert 'class="outcome cannot-be-decided"' in page and "<li>no run can</li>" in page
     assert "| B1 | a & b | holds |" in render.markdown(built)
@@ -352,7 +423,7 @@ def test_pictures_of_maps_keep_their_colours(tmp_path):
     picture.putdata(colours)
     picture.save(tmp_path / "maps.png")
     again = Image.open(io.BytesIO(render.small_png(tmp_path / "maps.png")))
-    assert list(again.convert("RGB").getdata()) == colours
+    assert again.convert("RGB").tobytes() == picture.tobytes()
 
 
 def test_markdown_has_a_blank_line_around_every_block(files):
