@@ -91,13 +91,15 @@ class DataSet:
 
     def _sizes(self, domain: str) -> tuple[int, ...]:
         """Images of each class of a known domain."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _sizes: DataSet is abstract")
 
     def _read(self, domain: str, limit: int | None) -> Domain:
-        raise NotImplementedError
+        """The images of a known domain. Raises DataError."""
+        raise NotImplementedError(f"{type(self).__name__} must define _read: DataSet is abstract")
 
     def _digest(self, domain: str, limit: int | None) -> str:
-        raise NotImplementedError
+        """Hex hash of the images of a known domain."""
+        raise NotImplementedError(f"{type(self).__name__} must define _digest: DataSet is abstract")
 
 
 class Folder(DataSet):

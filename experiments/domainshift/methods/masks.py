@@ -1,7 +1,7 @@
 """Maps that `fastshape.attach` does not make, on forward hooks.
 
-Random maps per channel or block, rescaled random maps, a value in place of 0, the top-K of a recorded map, the product of
-the maps of several domains, and recording in train mode. A pass of `RecordedMaps.record` runs to its
+Random maps per channel or block, rescaled random maps, a value in place of 0, the top-K of a recorded
+map, the product of the maps of several domains, and recording in train mode. A pass of `RecordedMaps.record` runs to its
 end, so that in train mode it moves every BatchNorm, as published code did; `fastshape.attach` stops
 at the deepest shaped layer. Plain PyTorch around `fastshape.shape`.
 """
@@ -54,7 +54,7 @@ class Hooks:
 
     def changed(self, name: str, x: Tensor, call: int) -> Tensor | None:
         """The tensor that replaces x, the output of a layer's call number `call`; None: x stays."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define changed: Hooks is abstract")
 
     @property
     def density(self) -> dict[str, float]:
@@ -90,7 +90,7 @@ class Maps(Hooks):
 
     def map_for(self, name: str, x: Tensor, call: int) -> Map:
         """The map of x's shape that shapes x."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define map_for: Maps is abstract")
 
     def changed(self, name: str, x: Tensor, call: int) -> Tensor | None:
         gradient, epsilon = self.options.gradient, self.options.epsilon

@@ -157,12 +157,12 @@ class Shaping(Layered):
         cls, model: nn.Module, names: tuple[str, ...], options: ShapingOptions
     ) -> masks.Maps | None:
         """Hooks for options that `fastshape.attach` does not have; None where it has them all."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} must define own_maps: Shaping is abstract")
 
     @classmethod
     def package_mode(cls, options: ShapingOptions) -> dict[str, Any]:
         """`mode` and the arguments of `fastshape.attach` that belong to it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} must define package_mode: Shaping is abstract")
 
     @classmethod
     def attach(cls, model: nn.Module, config: Config) -> fastshape.Attachment | masks.Maps:

@@ -341,6 +341,12 @@ class Result:
     def summary(self) -> dict[str, Any]:
         return summary(self)
 
+    @property
+    def collapsed_share(self) -> float | None:
+        """The part of the images that a collapsed run calls one class; None for another run."""
+        share, _ = largest_predicted_share(self.evaluation.confusion)
+        return share if share > NEARLY_ALL else None
+
 
 def read_record(path: Path, kind: type[Record]) -> Any:
     """A record of some kind. Raises RecordError for a file that is not one."""

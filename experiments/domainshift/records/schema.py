@@ -21,11 +21,12 @@ or exchanged. It is no signature: whoever runs this code can seal anything.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from domainshift.config import Test
+from domainshift.records.claims import different_pairs, rules_of
 
 VERSION = 4  # of the records; raised when a reader of older ones would err
 
@@ -210,19 +211,28 @@ class ClaimIndex(Record):
 
     says: str = Field(description="the claim in a sentence")
     rules: list[str] = Field(default=[], description="what must hold, such as `arm > other`")
-    figure: str = Field(
+    figure: Literal["accuracy", "unsteadiness"] = Field(
         "accuracy", description="what the rules are about: accuracy or unsteadiness"
     )
     targets: list[str] | None = Field(None, description="null: every target of the arms")
-    margin: float | None = Field(None, description="points within which a rule with = holds")
+    margin: float | None = Field(None, gt=0, description="points within which a rule with = holds")
     trend: tuple[str, str] | None = Field(
-        None, description="(arm, reference) whose difference grows with the reference's error"
+        None, description="(arm, reference) whose difference rises with the reference's error"
     )
     collapse: list[str] = Field(
         default=[], description="arms that call nearly everything one class"
     )
     undecidable: str | None = Field(None, description="why no run of the suite can decide it")
     note: str | None = Field(None, description="what a reader must know of it")
+
+    @model_validator(mode="after")
+    def _one_sound_rule(self) -> ClaimIndex:
+        given = [n for n in ("rules", "trend", "collapse", "undecidable") if getattr(self, n)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"{found} given; allowed: one of rules, trend, collapse, undecidable")
+        rules_of(self)
+        return self
 
 
 class TrainingIndex(Record):
@@ -241,11 +251,13 @@ class SuiteIndex(Record):
     profile: str = Field(description="full, mini or another of the suite")
     title: str = Field(description="heading of the report")
     command: str = Field(description="what runs the whole suite")
-    primary: list[tuple[str, str]] = Field(
+    primary: Annotated[list[tuple[str, str]], AfterValidator(different_pairs)] = Field(
         default=[], description="(arm, reference): the comparisons that get verdicts"
     )
     margin: float | None = Field(
-        None, description="points within which the arms of a primary comparison pass for equal"
+        None,
+        gt=0,
+        description="points within which the arms of a primary comparison pass for equal",
     )
     claims: dict[str, ClaimIndex] = Field(default={}, description="published claims by number")
     tables: list[TableIndex] = Field(description="in the order of the report")

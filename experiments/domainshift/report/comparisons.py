@@ -31,6 +31,7 @@ from domainshift.report.statistics import (
     holm,
     mean,
     pooled,
+    quantile,
     smallest_difference,
 )
 from domainshift.report.study import Arm, Key, Pair, Study, Table
@@ -48,11 +49,16 @@ class Verdict(StrEnum):
     CONFOUNDED = "confounded"
     ONE_SEED = "one seed: no interval"
     NO_SPREAD = "no spread between seeds: no interval"
-    NOTHING = "nothing in common yet"
+    NOTHING = "no runs yet"
 
     @property
     def decided(self) -> bool:
         return self in (Verdict.HIGHER, Verdict.LOWER, Verdict.EQUAL)
+
+    @property
+    def word(self) -> str:
+        """The verdict where there is room for a word or two."""
+        return str(self).partition(":")[0].partition(" within")[0].partition(" between")[0]
 
 
 # --- which arms -------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ def over_seeds(
 
 
 def pool_of(table: Table | None, seeds: Sequence[int], pairs: Sequence[Pair]) -> Pool | None:
-    """The common spread of a table's arms, of those that have all these seeds on all these pairs."""
+    """The common spread of the arms of a table. Arms that lack one of these seeds or pairs are left out."""
     if table is None:
         return None
     return _pool(table, tuple(seeds), tuple(pairs))
@@ -198,6 +204,7 @@ class Comparison(NamedTuple):
     margin: points within which the arms pass for equal; None: the suite states none
     adjusted_equal: Holm's p of their being `margin` or more apart
     smallest: the difference that these seeds would find with 80 % power
+    provable: the least margin within which these seeds could show arms equal that are
     """
 
     table: str
@@ -214,6 +221,7 @@ class Comparison(NamedTuple):
     margin: float | None = None
     adjusted_equal: float | None = None
     smallest: float | None = None
+    provable: float | None = None
     confounds: Sequence[str] = ()
 
     @property
@@ -344,6 +352,14 @@ def compare(
 # --- of a whole study -------------------------------------------------------------------------
 
 
+def by_name(primary: Iterable[Comparison]) -> dict[str, list[Comparison]]:
+    """Comparisons by name: those of the same arms together, in their order."""
+    groups: dict[str, list[Comparison]] = {}
+    for c in primary:
+        groups.setdefault(c.name, []).append(c)
+    return groups
+
+
 class Comparisons:
     """Every comparison of a study.
 
@@ -388,14 +404,16 @@ class Comparisons:
     def _family(self, study: Study) -> list[Comparison]:
         family = []
         for arm, reference in study.primary:
-            table = home_of(study, arm, reference)
             remarks = dict.fromkeys(
                 line
                 for t in study.tables
                 for line in self.confounds.get(place(t, arm, reference), ())
             )
             for pair in [pair for pair in arm.pairs if pair in reference.pairs]:
-                one = compare(arm, reference, table, [pair])
+                both = {k for k in arm.results if k[:2] == pair and k in reference.results}
+                seeds = [seed for *_, seed in both]
+                home = home_of(study, (arm.name, reference.name), pair, seeds)
+                one = compare(arm, reference, home, [pair])
                 if one.estimate is None:  # the pair is not in its block, and is to be named
                     one = one._replace(pairs=[pair])
                 family.append(
@@ -404,27 +422,57 @@ class Comparisons:
         return adjusted(family)
 
 
-def home_of(study: Study, arm: Arm, reference: Arm) -> Table | None:
-    """The first table with both arms, whose spread a comparison of them may use."""
-    names = {arm.name, reference.name}
-    return next((t for t in study.tables if names <= {a.name for a in t.compared}), None)
+def home_of(study: Study, names: Iterable[str], pair: Pair, seeds: Iterable[int]) -> Table | None:
+    """The table with these arms, by name, whose spread a comparison of them may use.
+
+    Of several the one with most arms that have all these seeds on the pair; of equals the first.
+    """
+    names, keys = set(names), [(*pair, seed) for seed in seeds]
+
+    def arms(table: Table) -> int:
+        return sum(all(key in arm.results for key in keys) for arm in table.compared)
+
+    homes = [t for t in study.tables if names <= {arm.name for arm in t.compared}]
+    return max(homes, key=arms, default=None)
 
 
 def adjusted(family: Sequence[Comparison]) -> list[Comparison]:
-    """A family with Holm's p values and the smallest difference that each would find.
+    """A family with Holm's p values, the smallest difference that each would find, the least margin.
 
-    For that difference, the level is the one that Holm's correction asks of the first of the family.
+    The family is what was declared: a comparison without a p counts as one with p 1, so that runs that
+    are still missing make no verdict easier. Both figures are at the level that Holm's correction asks
+    of the first of the family.
     """
-    tested = [i for i, c in enumerate(family) if c.estimate and c.estimate.p is not None]
-    result = list(family)
-    for i, p in zip(tested, holm([family[i].estimate.p for i in tested]), strict=True):
-        e = family[i].estimate
-        smallest = e.error * smallest_difference(e.df, ALPHA / len(tested))
-        result[i] = result[i]._replace(adjusted=p, smallest=smallest)
-    apart = [i for i in tested if family[i].margin is not None]
-    values = [equivalence(family[i].estimate, family[i].margin) for i in apart]
-    for i, p in zip(apart, holm(values), strict=True):
-        result[i] = result[i]._replace(adjusted_equal=p)
+    level = ALPHA / max(1, len(family))
+    ps = [c.estimate.p if c.estimate else None for c in family]
+    equals = [
+        equivalence(c.estimate, c.margin) if c.estimate and c.margin is not None else None
+        for c in family
+    ]
+    result = []
+    holms = adjusted_holm(ps, len(ps)), adjusted_holm(equals, len(equals))
+    for c, p, p_equal in zip(family, *holms, strict=True):
+        c = c._replace(adjusted=p, adjusted_equal=p_equal)
+        if p is not None:
+            e = c.estimate
+            smallest = e.error * smallest_difference(e.df, level)
+            c = c._replace(smallest=smallest, provable=e.error * quantile(e.df, level))
+        result.append(c)
+    return result
+
+
+def adjusted_holm(values: Sequence[float | None], size: int | None = None) -> list[float | None]:
+    """Holm's p values; None stays None.
+
+    Args:
+        size: of the family; default: as many as there are.
+    """
+    places = [i for i, p in enumerate(values) if p is not None]
+    others = (len(places) if size is None else size) - len(places)
+    known = holm([values[i] for i in places] + [1.0] * others)
+    result: list[float | None] = [None] * len(values)
+    for i, p in zip(places, known, strict=False):
+        result[i] = p
     return result
 
 

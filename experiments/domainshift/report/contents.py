@@ -14,7 +14,7 @@ from domainshift.records.results import NEARLY_ALL, Result
 from domainshift.report import figures, findings, published, switches
 from domainshift.report.audit import Audit, audit
 from domainshift.report.choices import IMAGES, Choices, choices_of
-from domainshift.report.claims import Claim, claims_of
+from domainshift.report.claims import LEAST_SEEDS, Claim, claims_of
 from domainshift.report.comparisons import ALPHA, EXACT, Comparisons, counted, matchups
 from domainshift.report.statistics import AGREE, LEVEL, POWER
 from domainshift.report.study import Study, Table
@@ -93,7 +93,7 @@ def build(study: Study) -> Report:
         collapsed = [
             f"In {len(collapsed)} arms some runs call nearly every target image one class."
         ]
-    return Report(study, checked, compared, sections, main + collapsed, claims_of(study),
+    return Report(study, checked, compared, sections, main + collapsed, claims_of(study, compared),
                   choices_of(study), sentences, limits)  # fmt: skip
 
 
@@ -259,11 +259,14 @@ HOW_TO_READ = (
     "Largest class: what always answering the target's most frequent class scores. Flags: runs that "
     f"call one class more than {100 * NEARLY_ALL:.0f} % of the images, with the largest such share, and "
     "switches beside those of the method in which an arm differs from its reference.",
-    "Claims: each has a rule, stated in the suite before its runs. It holds or is contradicted where "
-    f"the p values of its rules, after Holm over the claim, are below {ALPHA}. Of twenty claims that say "
-    "nothing true, one would be decided by chance.",
-    "Choosing without target labels: a validator scores each arm of a seed from its predictions, on "
-    f"{IMAGES} images of the target that are evenly spaced in the data, and chooses the highest. Rank "
-    "correlation: Spearman's, of scores and target accuracies over the arms, the mean over seeds. The "
-    "oracle chooses by target labels, and is no result. Where features are not kept, DEV takes logits.",
+    "Claims: each has a rule, stated in the suite before its runs. A claim holds if all its rules hold on "
+    f"all their targets, each with p below {ALPHA}. It is contradicted if one is decided the other way, "
+    "after Holm's correction over the claim. A rule that is a primary comparison has the p of that "
+    f"family. Fewer than {LEAST_SEEDS} seeds decide nothing. Of twenty claims that say nothing true, about "
+    "one would be decided by chance.",
+    "Choosing without target labels: a validator scores each arm of a seed by its predictions for "
+    f"{IMAGES} images of the target, evenly spaced in the data, and chooses the arm of the highest score. "
+    "Rank correlation: Spearman's, of scores and target accuracies over the arms, the mean over seeds. The "
+    "oracle chooses by target labels, so its accuracy is no result. Without saved features, DEV takes "
+    "logits.",
 )

@@ -26,6 +26,7 @@ from domainshift.report.comparisons import (
     FIGURE,
     Comparison,
     Verdict,
+    by_name,
     counted,
     signed,
     with_interval,
@@ -535,15 +536,6 @@ LOOKS = {
     Verdict.EQUAL: Look("equal within the margin", "#3a9d6e", "s"),
     Verdict.UNDECIDED: Look("undecided or no verdict", "#8a8a8a", "o"),
 }
-WORDS = {
-    Verdict.HIGHER: "higher",
-    Verdict.LOWER: "lower",
-    Verdict.EQUAL: "equal",
-    Verdict.UNDECIDED: "undecided",
-    Verdict.CONFOUNDED: "confounded",
-    Verdict.ONE_SEED: "one seed",
-    Verdict.NO_SPREAD: "no spread",
-}
 VERDICTS_WIDTH = 1.1  # inches, of the column of words
 NUMBERS = 1 - VERDICTS_WIDTH / WIDTH  # right end of the numbers, in parts of the figure
 ROW = 0.28  # inches
@@ -561,9 +553,7 @@ def forest(primary: Sequence[Comparison]) -> Picture | None:
     """
     if not any(c.estimate for c in primary):
         return None
-    groups: dict[str, list[Comparison]] = {}
-    for c in primary:
-        groups.setdefault(c.name, []).append(c)
+    groups = by_name(primary)
     with matplotlib.rc_context(STYLE):
         figure, axes, places = forest_axes(groups)
         for name, group in groups.items():
@@ -644,7 +634,8 @@ def draw_group(axes: Axes, name: str, group: Sequence[Comparison], first: float)
             if e.low is not None:
                 axes.hlines(y, e.low, e.high, colors=look.colour, lw=2)
         axes.annotate(text, (NUMBERS, y), ha="right", **words)
-        axes.annotate(WORDS.get(c.verdict, ""), (1, y), ha="right", **words)
+        verdict = c.verdict.word if c.verdict and e else ""
+        axes.annotate(verdict, (1, y), ha="right", **words)
 
 
 # --- confusions -------------------------------------------------------------------------------

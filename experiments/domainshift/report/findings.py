@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from domainshift.records.results import NEARLY_ALL, Result, largest_predicted_share
+from domainshift.records.results import NEARLY_ALL, Result
 from domainshift.report import switches
 from domainshift.report.comparisons import (
     FIGURE,
     Comparison,
     Verdict,
+    by_name,
     counted,
     signed,
     with_interval,
@@ -19,6 +20,7 @@ from domainshift.report.published import Published
 from domainshift.report.statistics import LEVEL, mean, prediction
 from domainshift.report.study import Arm, Pair
 
+MANY = 4  # source-target pairs, beyond which a sentence names those alone that are decided
 UNDECLARED = "The suite declares no primary comparison, so this page has intervals and no verdict."
 
 
@@ -28,7 +30,8 @@ def tally(primary: Sequence[Comparison]) -> str:
         return UNDECLARED
     counts = Counter(c.verdict for c in primary)
     parts = [f"{counts[v]} {WORDS.get(v, v)}" for v in Verdict if counts[v]]
-    return f"{counted(len(primary), 'primary comparison')}, one a target: {', '.join(parts)}."
+    names = counted(len(by_name(primary)), "primary comparison")
+    return f"{names}, {len(primary)} with the targets told apart: {', '.join(parts)}."
 
 
 WORDS = {
@@ -37,51 +40,42 @@ WORDS = {
     Verdict.UNDECIDED: "that these seeds cannot decide",
     Verdict.ONE_SEED: "of one seed, without an interval",
     Verdict.NO_SPREAD: "without spread between seeds, so without an interval",
-    Verdict.NOTHING: "without a result in common yet",
+    Verdict.NOTHING: "without runs yet",
 }
-
-
-MANY = 4  # source-target pairs, beyond which a sentence counts them
-
-
-def many(group: Sequence[Comparison]) -> str:
-    """A comparison's verdicts, counted, and the range of its differences."""
-    counts = Counter(str(c.verdict) for c in group)
-    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
-    means = [c.estimate.mean for c in group if c.estimate]
-    span = f"; differences from {signed(min(means))} to {signed(max(means))}" if means else ""
-    return f"of {len(group)} pairs of domains {verdicts}{span}"
-
-
-def by_comparison(primary: Sequence[Comparison]) -> list[list[Comparison]]:
-    """The primary comparisons in the order of the suite, those of the same arms together."""
-    groups: dict[str, list[Comparison]] = {}
-    for c in primary:
-        groups.setdefault(c.name, []).append(c)
-    return list(groups.values())
 
 
 def primary_sentences(primary: Sequence[Comparison]) -> list[str]:
     """One sentence for each declared comparison: what came out on each target, or how often of many."""
-    sentences = []
-    for group in by_comparison(primary):
-        if len(group) > MANY:
-            sentences.append(f"{group[0].name}: {many(group)}.")
-            continue
-        sources = {source for c in group for source, _ in c.pairs}
-        parts = []
-        for c in group:
-            where = c.target if len(sources) < 2 else " to ".join(c.pairs[0])
-            e = c.estimate
-            value = (
-                ""
-                if e is None
-                else f"{with_interval(e) if e.low is not None else signed(e.mean)}, "
-            )
-            gaps = f"; {c.gaps}" if c.gaps and e is not None else ""
-            parts.append(f"{where} {value}{c.verdict_words}{gaps}")
-        sentences.append(f"{group[0].name}: {'; '.join(parts)}.")
-    return sentences
+    return [
+        f"{name}: {many(group) if len(group) > MANY else each(group)}."
+        for name, group in by_name(primary).items()
+    ]
+
+
+def each(group: Sequence[Comparison]) -> str:
+    """What came out on each pair of a comparison."""
+    sources = {source for c in group for source, _ in c.pairs}
+    parts = []
+    for c in group:
+        e, where = c.estimate, c.target if len(sources) < 2 else " to ".join(c.pairs[0])
+        value = f"{signed(e.mean) if e.low is None else with_interval(e)}, " if e else ""
+        gaps = f"; {c.gaps}" if c.gaps and e else ""
+        parts.append(f"{where} {value}{c.verdict_words}{gaps}")
+    return "; ".join(parts)
+
+
+def many(group: Sequence[Comparison]) -> str:
+    """A comparison's verdicts on many pairs: those that are decided by name, the others counted."""
+    decided = [
+        f"{c.verdict.word} {' to '.join(c.pairs[0])} ({with_interval(c.estimate)})"
+        for c in group
+        if c.verdict.decided
+    ]
+    counts = Counter(c.verdict.word for c in group if not c.verdict.decided)
+    others = [f"{n} {word}" for word, n in counts.most_common()]
+    means = [c.estimate.mean for c in group if c.estimate]
+    span = f"; differences from {signed(min(means))} to {signed(max(means))}" if means else ""
+    return f"of {len(group)} pairs of domains {', '.join([*decided, *others])}{span}"
 
 
 def against_published(arm: Arm, pair: Pair, published: Published) -> str | None:
@@ -137,7 +131,7 @@ def collapsed(arms: Sequence[Arm]) -> list[str]:
     """The arms of which at least one result calls nearly every image one class."""
     sentences = []
     for arm in arms:
-        shares = [nearly_all(result) for result in arm.results.values()]
+        shares = [result.collapsed_share for result in arm.results.values()]
         those = [share for share in shares if share is not None]
         if those:
             part = f"{len(those)} of {counted(len(shares), 'run')}"
@@ -145,12 +139,6 @@ def collapsed(arms: Sequence[Arm]) -> list[str]:
                 f"{arm.name}: {part} call one class more than {100 * NEARLY_ALL:.0f} % of the images"
             )
     return sentences
-
-
-def nearly_all(result: Result) -> float | None:
-    """The part of the images that a collapsed run calls one class; None for another run."""
-    share, _ = largest_predicted_share(result.evaluation.confusion)
-    return share if share > NEARLY_ALL else None
 
 
 def epoch_choice(results: Sequence[Result]) -> list[str]:

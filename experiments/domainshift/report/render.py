@@ -142,14 +142,14 @@ def latex(report: Report) -> str:
 
 def latex_table(section: Section) -> LatexTable:
     main = section.main
-    shown = [i for i, heading in enumerate(main.headings) if not heading.startswith("mean")]
-    if not 0 < len(shown) <= LATEX_TARGETS:
-        shown = [len(main.headings) - 1]
-    used = {entries[i].mark for _, entries in main.rows for i in shown}
+    columns = [i for i, heading in enumerate(main.headings) if not heading.startswith("mean")]
+    if not 0 < len(columns) <= LATEX_TARGETS:
+        columns = [len(main.headings) - 1]
+    used = {entries[i].mark for _, entries in main.rows for i in columns}
     rows = []
     for arm, entries in main.rows:
         cells = [latex_text(arm)]
-        for i in shown:
+        for i in columns:
             e = entries[i]
             cells += [latex_text(e.ours), latex_text(e.difference) + LATEX_MARKS[e.mark]]
         rows.append(cells)
@@ -157,7 +157,7 @@ def latex_table(section: Section) -> LatexTable:
         section.table.name,
         section.table.title,
         section.command,
-        [main.headings[i] for i in shown],
+        [main.headings[i] for i in columns],
         rows,
         [f"{sign} {word}" for word, sign in LATEX_MARKS.items() if word in used - {""}],
     )
@@ -187,8 +187,8 @@ def page(report: Report) -> str:
     seconds = sum(r.summary["seconds"] for r in figures.trainings(results))
     compared, passes = report.comparisons, report.audit.passes
     family = (
-        f"Written by rule from the records. {counted(len(compared.primary), 'primary comparison')}, one "
-        f"a target, over which Holm's correction is, and {len(compared.exploratory)} that explore."
+        f"Written by rule from the records. {len(compared.primary)} primary comparisons, targets told "
+        f"apart, share Holm's correction; {len(compared.exploratory)} explore."
     )
     return rendered(
         "html",

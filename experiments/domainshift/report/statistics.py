@@ -95,7 +95,7 @@ def estimate(
 
     Args:
         pool: of the results whose weighted sums the values are.
-        scale: root of the sum of squares of those weights; sqrt(2) for a difference.
+        scale: square root of the sum of the squared weights; sqrt(2) for a difference of two results.
     """
     centre, sd, n = mean(values), spread(values), len(values)
     # equal accuracies of unequal k and n differ in their last bits
@@ -123,6 +123,11 @@ def equivalence(e: Estimate, margin: float) -> float | None:
     return float(
         max(student.sf((e.mean + margin) / e.error), student.cdf((e.mean - margin) / e.error))
     )
+
+
+def quantile(df: int, alpha: float) -> float:
+    """What Student's t exceeds with probability `alpha`: one-sided."""
+    return float(stats.t(df).isf(alpha))
 
 
 @functools.lru_cache(maxsize=1024)

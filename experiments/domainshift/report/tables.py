@@ -18,7 +18,6 @@ from domainshift.report.comparisons import (
     signed,
     with_interval,
 )
-from domainshift.report.findings import nearly_all
 from domainshift.report.published import Published
 from domainshift.report.statistics import mean, spread, wilson
 from domainshift.report.study import Arm, Pair, Table
@@ -209,7 +208,7 @@ def majority_text(line: Line) -> str:
 
 
 def flags_text(line: Line) -> str:
-    shares = [share for r in line.results if (share := nearly_all(r)) is not None]
+    shares = [r.collapsed_share for r in line.results if r.collapsed_share is not None]
     total = counted(len(line.results), "run")
     flags = []
     if shares:
@@ -268,13 +267,9 @@ def grid_of(lines: Sequence[Line], verdicts: bool) -> Grid:
 
 # --- the main table ---------------------------------------------------------------------------
 
-MARKS = {
-    Verdict.HIGHER: "higher",
-    Verdict.LOWER: "lower",
-    Verdict.EQUAL: "equal",
-    Verdict.UNDECIDED: "undecided",
-    Verdict.CONFOUNDED: "confounded",
-}
+MARKED = (
+    Verdict.HIGHER, Verdict.LOWER, Verdict.EQUAL, Verdict.UNDECIDED, Verdict.CONFOUNDED,
+)  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -328,7 +323,7 @@ def entry_of(line: Line | None, verdicts: bool) -> Entry:
     if line is None:
         return Entry("", "", "", "")
     c = line.comparison
-    mark = MARKS.get(c.verdict, "") if c and verdicts and c.verdict else ""
+    mark = c.verdict.word if c and verdicts and c.verdict in MARKED else ""
     return Entry(last_text(line), short_difference(c, line.pairs), mark, published_text(line))
 
 
@@ -346,19 +341,25 @@ def short_difference(comparison: Comparison | None, pairs: Sequence[Pair]) -> st
 # --- primary comparisons ----------------------------------------------------------------------
 
 
+PRIMARY_HEADINGS = (
+    "Comparison", "Target", "Difference", "Verdict", "Difference found from", "Equality shown from",
+    "Seeds", "Spread",
+)  # fmt: skip
+
+
 def primary_rows(primary: Sequence[Comparison]) -> list[list[str]]:
-    """Comparison, target, difference, verdict, the smallest difference that these seeds find, seeds."""
+    """A row of `PRIMARY_HEADINGS` for each primary comparison on each target."""
     rows = []
     for c in primary:
         e = c.estimate
         value = "" if e is None else with_interval(e) if e.low is not None else signed(e.mean)
-        smallest = "" if c.smallest is None else f"{c.smallest:.1f}"
-        where = c.target if c.pairs else ""
-        rows.append([c.name, where, value, c.verdict_words, smallest, str(len(c.seeds))])
+        found, shown = ("" if v is None else f"{v:.1f}" for v in (c.smallest, c.provable))
+        own = e is None or e.df is None or e.df == e.n - 1
+        spread = "" if e is None or e.df is None else "own" if own else "of all arms"
+        rows.append(
+            [c.name, c.target, value, c.verdict_words, found, shown, str(len(c.seeds)), spread]
+        )
     return rows
-
-
-PRIMARY_HEADINGS = ("Comparison", "Target", "Difference", "Verdict", "Finds from", "Seeds")
 
 
 # --- numbers ----------------------------------------------------------------------------------
@@ -385,7 +386,7 @@ def numbers(line: Line, verdicts: bool) -> dict[str, object]:
         "correct": " ".join(str(result.evaluation.correct) for result in single),
         "target_total": single[0].evaluation.total if single else None,
         "majority_rate": single[0].evaluation.majority_rate if single else None,
-        "collapsed_runs": sum(nearly_all(result) is not None for result in line.results),
+        "collapsed_runs": sum(r.collapsed_share is not None for r in line.results),
     }
     for name, key in FIGURES.items():
         values = line.values(key)
@@ -410,6 +411,7 @@ def numbers(line: Line, verdicts: bool) -> dict[str, object]:
         "p_holm": c.adjusted if c else None,
         "p_equal": c.adjusted_equal if c else None,
         "smallest": c.smallest if c else None,
+        "provable": c.provable if c else None,
         "verdict": c.verdict if c and verdicts else None,
         "confounds": "; ".join(c.confounds) if c else None,
     } | control_numbers(line.controls, verdicts)  # fmt: skip

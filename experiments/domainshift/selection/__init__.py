@@ -1,8 +1,8 @@
 """Choosing a model without target labels, from saved predictions.
 
 A *validator* gives a model a score, from its answers to target images without their labels and to
-source images with them. Higher is better for every validator. `select` compares the choice of each
-with the choice by target labels, the oracle, which is no result.
+source images with them. Higher is better for every validator. `select` compares each validator's
+choice with the oracle's. The oracle chooses by target labels, so its accuracy is no result.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from domainshift.config import Config, Test, differing, preset_values
 from domainshift.data import DataSet, open_data
 from domainshift.errors import ConfigError, SuiteError
@@ -226,14 +228,18 @@ def check_arms(suite: Suite, tables: Sequence[TableIndex]) -> None:
     for name in itertools.chain(*suite.primary):
         if name not in known:
             raise SuiteError(f"primary: no arm {name!r}")
+    tested = {cell.target for table in tables for arm in table.arms for cell in arm.cells}
     for number, claim in suite.claims.items():
         try:
             arms = arms_of_claim(ClaimIndex(**claim.given()))
-        except ValueError as error:
-            raise SuiteError(f"claim {number}: {error}") from None
+        except ValidationError as error:
+            words = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise SuiteError(f"claim {number}: {words}") from None
         for name in arms:
             if name not in known:
                 raise SuiteError(f"claim {number}: no arm {name!r}")
+        for target in {*(claim.targets or ())} - {*tested, *suite.targets}:
+            raise SuiteError(f"claim {number}: no arm is tested on {target!r}")
     for table in tables:
         if table.baseline not in {None, *known}:
             raise SuiteError(f"table {table.name}: baseline: no arm {table.baseline!r}")

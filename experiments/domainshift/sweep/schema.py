@@ -11,20 +11,12 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Len
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from domainshift.config import REPOSITORY, Positive
 from domainshift.errors import SuiteError
 from domainshift.files import YAML_LOADER
+from domainshift.records.claims import different_pairs
 
 SUITES = REPOSITORY / "experiments" / "suites"
 FULL = "full"  # the profile that every suite has
@@ -45,12 +37,6 @@ def _two_names(pair: Any) -> Any:
     if isinstance(pair, list) and len(pair) == 2 and pair[0] != pair[1]:
         return tuple(pair)
     raise ValueError("a pair is needed")
-
-
-def _at_most_six(pairs: list) -> list:
-    if len(pairs) > 6:
-        raise ValueError("more than six")
-    return pairs
 
 
 Domains = Annotated[list[str], Len(1), AfterValidator(_different)]
@@ -118,7 +104,8 @@ class Claim(Keys):
     says: str = key(..., "the claim in a sentence", "text")
     rules: list[str] | None = key(
         None,
-        "what must hold on each target: arms with + and - between them, on both sides of >, < or =",
+        "what must hold on each target: arms with + and - between them, on both sides of >, <, = or !=; "
+        "commas separate alternatives, all of which must hold",
         "a list of rules, such as random-conv1-p0.7 > baseline",
     )
     figure: Literal["accuracy", "unsteadiness"] = key(
@@ -132,7 +119,7 @@ class Claim(Keys):
     )
     trend: Pair | None = key(
         None,
-        "an arm and a reference: their difference grows with the reference's error",
+        "an arm and a reference: their difference rises from each target to the next harder one",
         "[arm, reference], two names",
     )
     collapse: list[str] | None = key(
@@ -140,13 +127,6 @@ class Claim(Keys):
     )
     undecidable: str | None = key(None, "why no run of the suite can decide it", "text")
     note: str | None = key(None, "what a reader must know of it", "text")
-
-    @model_validator(mode="after")
-    def _one_rule(self) -> Claim:
-        given = [n for n in ("rules", "trend", "collapse", "undecidable") if getattr(self, n)]
-        if len(given) != 1:
-            raise PydanticCustomError("one_rule", "one of rules, trend, collapse, undecidable")
-        return self
 
 
 class Profile(Keys):
@@ -169,10 +149,10 @@ class Suite(Keys):
         ..., "domains to test on; every pair of two different domains is tested", DOMAINS
     )
     seeds: Seeds = key(..., "every arm is trained with each", SEEDS)
-    primary: Annotated[list[Pair], AfterValidator(_at_most_six)] = key(
+    primary: Annotated[list[Pair], AfterValidator(different_pairs)] = key(
         [],
         "the comparisons that the study is made for: they alone get verdicts, on each target",
-        "a list of at most six [arm, reference]",
+        "a list of at most six [arm, reference], no two arms twice",
     )
     margin: Positive | None = key(
         None,
@@ -266,8 +246,6 @@ def first_fault(error: ValidationError) -> str:
     where = "".join(f"{part}: " for part in place)
     if kind == "extra_forbidden":
         return f"{where}unknown key {rest[0]!r}; allowed: {', '.join(model.model_fields)}"
-    if kind == "one_rule":
-        return f"{where}allowed: {fault['msg']}"
     if kind == "missing":
         return f"{where}the key {rest[0]!r} is missing"
     if not rest:

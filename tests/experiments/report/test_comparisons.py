@@ -10,7 +10,7 @@ import yaml
 from domainshift.methods import RandomMaps
 from domainshift.report import command, comparisons, findings
 from domainshift.report.comparisons import Comparison, Verdict, full_block, matchups
-from domainshift.report.statistics import Estimate, holm
+from domainshift.report.statistics import Estimate, equivalence, holm
 from domainshift.report.study import Arm, Table, read_study
 from made_records import EXACT, cell, comparison, exact, only, report_of, write_suite
 
@@ -106,7 +106,7 @@ def test_one_seed_has_no_interval(tmp_path):
     assert cell(built, "random", "cartoon", "Last epoch") == "44.0"
     assert cell(built, "random", None, "Minus baseline") == "+4.0; one seed: no interval"
     assert built.main[0] == (
-        "4 primary comparisons, one a target: 4 of one seed, without an interval."
+        "2 primary comparisons, 4 with the targets told apart: 4 of one seed, without an interval."
     )
 
 
@@ -132,6 +132,37 @@ def test_the_rule_of_verdicts(mean, low, high, adjusted, equal, n, expected):
     assert one._replace(primary=False).verdict is None
     if low is not None:
         assert one._replace(confounds=["lr"]).verdict == Verdict.CONFOUNDED
+
+
+def test_missing_runs_make_no_verdict_easier(tmp_path):
+    """The family is what was declared: da has no run yet, and random keeps the factor of four."""
+    gone = [("da", target, seed) for target in ("cartoon", "sketch") for seed in range(3)]
+    built = report_of(write_suite(tmp_path / "gap", EXACT, exact, without=gone))
+    c = comparison(built, "random minus baseline", "cartoon")
+    assert c.adjusted == pytest.approx(4 * c.estimate.p)
+
+
+def test_the_table_with_most_arms_gives_the_spread(tmp_path):
+    """The first table has both arms, and one of them on cartoon alone."""
+    content = yaml.safe_load(EXACT)
+    arms = content["tables"]["shaping"]["arms"]
+    few = {
+        "title": "few",
+        "baseline": "baseline",
+        "arms": {n: arms[n] for n in ("baseline", "random")},
+    }
+    content["tables"] = {"few": few, **content["tables"]}
+    built = report_of(write_suite(tmp_path / "s", yaml.safe_dump(content, sort_keys=False), exact))
+    assert comparison(built, "random minus baseline", "cartoon").estimate.df == 4
+
+
+def test_the_least_margin_that_could_be_shown(built):
+    """Of arms that are equal: both one-sided tests at a quarter of 5 %, on 4 degrees of freedom."""
+    c = comparison(built, "da minus baseline", "cartoon")
+    e = c.estimate
+    assert c.provable == pytest.approx(3.495406 * e.error, rel=1e-5)
+    zero = e._replace(mean=0.0)
+    assert equivalence(zero, c.provable) == pytest.approx(0.0125)
 
 
 def test_a_difference_that_cannot_be_is_not_said_to_be_found():
@@ -413,9 +444,10 @@ def test_target_maps_of_report_b_have_their_control(tmp_path):
     )
     study = read_study(folder)
     of = {t.name: names(matchups(t).all) for t in study.tables}
+    pairs = of["da-positions"] | of["da-combinations"]
     for table in study.tables[1:3]:
         for arm in table.arms:
-            assert arm.name in ("bn-only", "baseline-da") or (arm.name, "bn-only") in of[table.name]
+            assert arm.name in ("bn-only", "baseline-da") or (arm.name, "bn-only") in pairs
     switches = {arm.name: arm.one.training.switches for arm in study.tables[1].arms}
     differ = [n for n, v in switches["bn-only"].items() if v != switches["da-conv4"][n]]
     assert differ == ["apply_maps"]
