@@ -58,10 +58,25 @@ class _Site:
                 f"layers: {self.name!r} returns a {type(output).__name__}; only a module that returns one "
                 "tensor can be shaped"
             )
+        if self.attachment.check_finite:
+            _require_finite(self.name, output)
         if self.attachment._recording:
             self.attachment._record_output(self.name, output)
             return None
         return self.attachment._shape_output(self.name, output, module, self.fusion)
+
+
+def _require_finite(name: str, x: Tensor) -> None:
+    """Raise a FloatingPointError where a value of `x` is a NaN or infinite. Waits for the device."""
+    if not x.numel():
+        return
+    x = x.detach()
+    # one pass that writes nothing: the least and the greatest value are NaN where any value is
+    if not torch.stack(x.aminmax()).isfinite().all():
+        count = int((~x.isfinite()).sum())
+        raise FloatingPointError(
+            f"layer {name!r}: {count} of {x.numel()} values of its output are not finite"
+        )
 
 
 @functools.cache
@@ -89,6 +104,7 @@ class Attachment:
         method_of: ``"replace"`` or ``"hooks"``, by name: the method that serves the module.
         reasons: why hooks serve a module although ``method="replace"`` was requested, by name.
         at_eval: the argument of `attach`; may be set to another of its values between two forwards.
+        check_finite: the argument of `attach`; may be set.
         first_sample: number of this process's first sample in a batch that several processes share; 0 at first. Set it
             before each forward. If the generators of the processes are in the same state, their random masks are then
             the parts of the mask that one process would draw for the whole batch.
@@ -105,6 +121,7 @@ class Attachment:
         gradient: str,
         at_eval: str,
         record_mode: str,
+        check_finite: bool,
         chains: dict[str, Chain],
         reasons: dict[str, str],
     ):
@@ -116,6 +133,7 @@ class Attachment:
         self.gradient = gradient
         self.at_eval = at_eval
         self.record_mode = record_mode
+        self.check_finite = check_finite
         self.first_sample = 0
         self.fired = dict.fromkeys(names, 0)
         self.method_of = {name: "replace" if name in chains else "hooks" for name in names}
@@ -374,6 +392,7 @@ def attach(
     at_eval: str = "off",
     record_mode: str = "eval",
     method: str = "hooks",
+    check_finite: bool = False,
 ) -> Attachment:
     """Shape the output of chosen layers of `model`. The code of the model stays unchanged.
 
@@ -401,6 +420,9 @@ def attach(
             that has no chain or that torch.fx cannot trace, and every layer without `binarize`; a warning,
             `Attachment.method_of` and `Attachment.reasons` say so. Hooks also serve a call that does not run the whole
             module around the chain, or that does not give it exactly its required arguments.
+        check_finite: whether a forward or a record raises FloatingPointError, which names the layer, where the output of a
+            chosen layer holds a NaN or an infinity. Binarization would hide it: the loss stays finite, because B(NaN) = 0.
+            It reads each output once more, and waits for the device.
 
     `torch.utils.checkpoint` works inside and around the model. Backward shapes what it computes again as forward did, and
     does not count it in `fired`. Therefore call backward before `remove` and before the next `record`. Random masks need the
@@ -437,6 +459,8 @@ def attach(
         raise ValueError(
             "gradient='clipped': mode 'product' allows straight_through (which is exact there) and zero"
         )
+    if not isinstance(check_finite, bool):
+        raise TypeError(f"check_finite={check_finite!r}: must be True or False")
     names = choose_layers(model, layers, after=after, every=every)
     p_zero = _p_zero_by_layer(mode, p_zero, names)
     chains, reasons = {}, {}
@@ -459,6 +483,7 @@ def attach(
         gradient=gradient,
         at_eval=at_eval,
         record_mode=record_mode,
+        check_finite=check_finite,
         chains=chains,
         reasons=reasons,
     )

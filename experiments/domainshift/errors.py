@@ -33,5 +33,9 @@ class TrainingError(Failure):
     """Training cannot go on."""
 
 
+class NonFiniteError(TrainingError):
+    """A loss, an activation, a weight or a logit is NaN or infinite."""
+
+
 class ShapingError(Failure):
     """Shaping was asked for and did not happen."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 import fastshape
-from domainshift import files
+from domainshift import files, finite
 from domainshift.errors import ConfigError, RecordError, WeightsError
 
 SLIM = "resnet18-slim"
@@ -271,6 +271,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
         )
         raise WeightsError(f"weights: {path} is no state dict of tensors; it holds {entries}")
     prefix = "module." if state and all(str(n).startswith("module.") for n in state) else ""
+    if bad := finite.nonfinite_names(state):
+        raise WeightsError(
+            f"weights: {path} holds numbers that are not finite, in {finite.several(bad)}"
+        )
     return {str(name).removeprefix(prefix): tensor for name, tensor in state.items()}
 
 

@@ -1,6 +1,7 @@
 """attach(): the choice of layers, the target pass, the shaping, and that nothing else changes."""
 
 import copy
+import math
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -785,3 +786,43 @@ def test_the_offset_of_a_part_wraps():
         whole = model(batch)
         attachment.first_sample = 4
         assert torch.equal(model(batch[4:]), whole[4:])
+
+
+# --- values that are not finite ---
+
+
+@pytest.mark.parametrize("method", ["hooks", "replace"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_check_finite_names_the_layer_whose_map_hides_a_nan(method, value, dtype):
+    """Without it the loss is finite, because B(NaN) = 0 and B(-inf) = 0."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).to(dtype)
+    x = torch.randn(2, 1, 6, 6).to(dtype)
+    x[1, 0, 3, 3] = value
+    with attach(model, 1, p_zero=0.5, method=method) as attachment:
+        assert model(x).isfinite().all()
+        attachment.check_finite = True
+        with pytest.raises(
+            FloatingPointError, match=r"layer '0': \d+ of 256 values of its output are not"
+        ):
+            model(x)
+    with attach(model, 1, p_zero=0.5, method=method, check_finite=True) as attachment:
+        model(x[:1])
+        assert attachment.fired == {"0": 1} and attachment.method_of == {"0": method}
+
+
+@pytest.mark.parametrize("mode", ["target", "product"])
+def test_check_finite_looks_at_recorded_maps(mode):
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 2, 1))
+    attachment = attach(model, [1, 2], mode=mode, check_finite=True)
+    x = torch.randn(2, 1, 6, 6)
+    attachment.record(x)
+    with pytest.raises(FloatingPointError, match="layer '0': 256 of"):
+        attachment.record(x.where(x < 0, math.inf))
+    with pytest.raises(RuntimeError, match="nothing is recorded"):
+        model(x)
+
+
+def test_check_finite_is_true_or_false():
+    with pytest.raises(TypeError, match="check_finite='yes': must be True or False"):
+        attach(nn.Sequential(nn.Conv2d(1, 1, 1)), 1, p_zero=0.5, check_finite="yes")

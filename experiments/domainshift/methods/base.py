@@ -198,7 +198,7 @@ class Method:
             # reads the scaler's verdict on the device: otherwise each update waits for the GPU
             fused=device.type == "cuda",
         )
-        # steps once per epoch, or once per update where those are counted
+        # steps once per epoch, or where updates are counted once for each that moved the weights
         step_size = max(1, int(config.step_fraction * (config.updates or config.epochs)))
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size, config.gamma)
         self.amp_dtype = AUTOCAST_DTYPES[config.amp]
@@ -273,7 +273,8 @@ class Method:
         skipped = self.overflown()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.config.updates is not None:
+        # to read `skipped` waits for a GPU, but only float16 can skip
+        if self.config.updates is not None and not (self.scaler.is_enabled() and skipped):
             self.schedule.step()
         if not distributed.shares_batch_norm(self.device):
             distributed.average([t for n in self.norms() for t in (n.running_mean, n.running_var)])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastshape
 from domainshift.config import Switches
+from domainshift.finite import nonfinite_names
 from fastshape import BitMask
 
 Map = BitMask | Tensor
@@ -47,6 +48,8 @@ class Hooks:
         self.calls = dict.fromkeys(self.names, 0)
 
     def hook(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if nonfinite_names({name: output}):
+            raise FloatingPointError(f"layer {name!r}: its output is not finite")
         changed = self.changed(name, output, self.calls[name])
         self.calls[name] += 1
         self.fired[name] += changed is not None

@@ -185,6 +185,7 @@ class Shaping(Layered):
                 gradient=options.gradient,
                 at_eval="binarize",  # so that what is replaced serves evaluation too
                 method=attach_method(config),
+                check_finite=True,
             )
         attachment.at_eval = "off"
         return attachment

@@ -37,6 +37,7 @@ from domainshift.records.schema import (
 )
 from domainshift.setup import Setup, targets_of_training, training_key, training_setup
 
+MANY_SKIPPED = 0.05  # part of the updates; more of them make another, shorter training
 NEARLY_ALL = 0.9  # of the images called one class: the network hardly tells any apart
 
 

@@ -222,7 +222,7 @@ def training_faults(training: TrainingRecord, rows: Sequence[Row]) -> Iterator[F
             if row.bn_untouched != untouched:
                 where = f"metrics.jsonl, epoch {row.epoch}"
                 yield "BatchNorm", f"{where}: bn_untouched is {row.bn_untouched}, not {untouched}"
-        yield from rate_faults(config, rows, sum(data.counts) - sum(right))
+        yield from rate_faults(config, rows)
         yield from map_faults(training, config, method, rows)
     if overlap := set(training.targets) & {training.source}:
         yield "labels", f"{', '.join(overlap)} is source and target"
@@ -394,17 +394,18 @@ def fired_faults(training: TrainingRecord, row: Row) -> Iterator[Fault]:
             yield "hooks", f"layer {name} fired {times} times in {row.passes} passes"
 
 
-def rate_faults(config: Config, rows: Sequence[Row], images: int) -> Iterator[Fault]:
+def rate_faults(config: Config, rows: Sequence[Row]) -> Iterator[Fault]:
     """Where a learning rate is not that of the schedule in `Method`, at the start of the epoch.
 
-    A training that grew has the rates of its new length: it may only grow while they are those of
-    the old one.
+    Where updates are counted, those that float16 skipped do not count. A training that grew has the
+    rates of its new length: it may only grow while they are those of the old one.
     """
     length = config.updates or config.epochs
     step = max(1, int(config.step_fraction * length))
-    steps_per_epoch = -(-images // config.batch_size) if config.updates else 1
+    done = 0  # epochs, or updates
     for number, row in enumerate(rows):
-        right = config.lr * config.gamma ** (number * steps_per_epoch // step)
+        right = config.lr * config.gamma ** (done // step)
+        done += row.updates - row.skipped if config.updates else 1
         if not math.isclose(row.lr, right, rel_tol=ROUNDING, abs_tol=1e-300):
             yield (
                 "rates",

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from domainshift.errors import BadInput
 from domainshift.models import output_shapes
-from domainshift.records.results import Result, percent
+from domainshift.records.results import MANY_SKIPPED, Result, percent
 from domainshift.records.schema import Row, Versions
 from domainshift.records.validate import config_of, method_of_record
 from domainshift.report import switches
@@ -48,7 +48,6 @@ RULES = {
 }
 OF_A_RECORD = ("length", "rates", "steps", "k of n", "hooks", "maps", "labels", "BatchNorm")
 OF_A_COMPARISON = ("updates", "confounds", "weights", "code")
-MANY_SKIPPED = 0.05  # part of the updates; more of them make another, shorter training
 SHOWN = 5  # trainings that a limit names
 COMPUTED = ("device", "pipeline", "memory_format", "attach")  # places that decide the last bits
 CONFOUNDING = ("confounds", "updates", "weights", "data")  # what these find confounds a comparison

@@ -23,7 +23,7 @@ from domainshift.sweep.state import LOG
 from domainshift.sweep.worker import PARENT
 
 RETRIES = 10  # starts of a task whose node died; one that fails by itself is not started again
-IN_FLIGHT = 256  # each submitted task holds a lock, and so an open file
+IN_FLIGHT = 256  # each submitted task holds a lease, which a thread touches
 
 
 def make(

@@ -26,6 +26,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from domainshift import files
 from domainshift.config import pick_device
 from domainshift.errors import BadInput, SuiteError
+from domainshift.lease import Busy, Lease, take
 from domainshift.methods import load_method_file
 from domainshift.progress import Screen
 from domainshift.records.results import read_evaluation
@@ -44,7 +45,7 @@ from domainshift.sweep.estimate import RATES, Clock, duration
 from domainshift.sweep.local import Failure, Local, Task, slots
 from domainshift.sweep.plan import OWN, Job, Plan, chosen, expand, known_switches
 from domainshift.sweep.schema import FULL, documentation, known_suites, read_suite
-from domainshift.sweep.state import DONE, NEW, OTHER, RETRAIN, State, lock, make_room, state_of
+from domainshift.sweep.state import DONE, NEW, OTHER, RETRAIN, State, make_room, state_of
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses
 
@@ -199,6 +200,7 @@ class Sweep:
         self.todo = [job for job in jobs if self.states[job.name].kind != DONE]
         self.waiting = deque(self.todo)
         self.running: dict[str, tuple[Job, State]] = {}  # with what the folder held before
+        self.leases: dict[str, Lease] = {}  # of the folders of those
         self.busy: set[str] = set()  # those that another process was seen at
         self.failures: dict[str, Failure] = {}
         self.count = 0
@@ -219,21 +221,29 @@ class Sweep:
             self.screen.say(f"{line}  {why}" if why else line)
 
     def run(self, pool: Local | Cluster) -> None:
-        """Make trainings until none is left."""
-        while self.waiting or self.running:
-            for _ in range(len(self.waiting)):
-                if not pool.room():
-                    break
-                self.begin(self.waiting.popleft(), pool)
-            for ended in pool.finished(0.5):
-                self.end(*ended)
+        """Make trainings until none is left. After an error or an interrupt, none goes on."""
+        try:
+            while self.waiting or self.running:
+                for _ in range(len(self.waiting)):
+                    if not pool.room():
+                        break
+                    self.begin(self.waiting.popleft(), pool)
+                for ended in pool.finished(0.5):
+                    self.end(*ended)
+        finally:
+            pool.stop()
+            for lease in self.leases.values():
+                lease.release()
 
     def begin(self, job: Job, pool: Local | Cluster) -> None:
         """Give a training to the pool, unless another process is at it or has made it."""
-        folder, held = self.out / job.name, lock(self.out, job.name)
-        if held is None:
+        folder = self.out / job.name
+        folder.mkdir(exist_ok=True)
+        try:
+            lease = take(folder)
+        except Busy as error:
             if job.name not in self.busy:
-                self.screen.say(f"{job.name}: another process is at it; waiting for that")
+                self.screen.say(f"{error}; waiting for it")
                 self.busy.add(job.name)
             self.waiting.append(job)
             return
@@ -241,14 +251,13 @@ class Sweep:
         if before.kind in (DONE, OTHER):
             failure = Failure(BAD_INPUT, [before.why]) if before.kind == OTHER else None
             self.close(job, failure, "by another process")
-            held.close()
+            lease.release()
             return
-        folder.mkdir(exist_ok=True)
         if why := make_room(folder, before):
             self.screen.warn(f"{job.name} is trained again: {why}")
-        self.running[job.name] = job, before
+        self.running[job.name], self.leases[job.name] = (job, before), lease
         tests = [test.model_dump() for test in job.tests]
-        pool.start(Task(job.name, job.values, tests, folder, held))
+        pool.start(Task(job.name, job.values, tests, folder, lease))
 
     def end(self, task: Task, failure: Failure | None, seconds: float) -> None:
         job, before = self.running.pop(task.name)
@@ -256,7 +265,7 @@ class Sweep:
         if failure is None and before.kind in (NEW, RETRAIN):
             self.clock.learn(task.folder, job, seconds)
         self.close(job, failure, f"{seconds:.0f} s")
-        task.lock.close()
+        self.leases.pop(task.name).release()
 
     def fault(self, job: Job) -> Failure | None:
         """What is wrong with the records that a training left; None: nothing."""

@@ -15,8 +15,9 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+from domainshift.lease import Lease
 from domainshift.records.results import device_name
 from domainshift.sweep.state import LOG
 from domainshift.sweep.worker import PARENT
@@ -26,18 +27,19 @@ LAST_LINES = 5  # of the log, in the record of a failure
 
 
 class Task(NamedTuple):
-    """A training to make, and the lock that its folder is held by."""
+    """A training to make, and the lease of its folder."""
 
     name: str
     values: Mapping[str, Any]
     tests: Sequence[Mapping[str, Any]]
     folder: Path
-    lock: BinaryIO
+    lease: Lease
 
     def line(self, folder: Path, log: Path) -> bytes:
         """The line that a worker reads; paths are those of its machine."""
         job = {"name": self.name, "values": self.values, "tests": self.tests}
-        return (json.dumps(job | {"folder": str(folder), "log": str(log)}) + "\n").encode()
+        place = {"folder": str(folder), "log": str(log), "token": self.lease.token}
+        return (json.dumps(job | place) + "\n").encode()
 
 
 class Failure(NamedTuple):

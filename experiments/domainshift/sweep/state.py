@@ -5,12 +5,11 @@ The state of a training is read from its folder, each time. No file keeps the st
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from domainshift import files
 from domainshift.config import Test, differing
@@ -31,7 +30,6 @@ from domainshift.training import checkpoint
 from domainshift.training.run import check_same
 
 LOG = "log.txt"
-LOCKS = ".locks"
 ASIDE = ".aside"  # suffix of what was moved aside
 
 # What a folder holds:
@@ -114,40 +112,6 @@ def make_room(folder: Path, state: State) -> str:
 
 
 # --- the folder of the suite ------------------------------------------------------------------
-
-
-def lock(out: Path, name: str) -> BinaryIO | None:
-    """The right to make the training called `name`, or None while another process has it.
-
-    Another suite may have it, or a run that writes to the folder and that outlived its suite. The
-    system lets go of it when the process ends, however it ends.
-    """
-    (out / LOCKS).mkdir(parents=True, exist_ok=True)
-    file = open(out / LOCKS / name, "ab")  # noqa: SIM115 (held until the training is over)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    if in_use(out / name):
-        file.close()
-        return None
-    return file
-
-
-def in_use(folder: Path) -> bool:
-    """Whether a run writes to a folder: it holds a lock on the folder itself."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def check_folder(out: Path, index: SuiteIndex, states: Iterable[State]) -> None:

@@ -2,12 +2,13 @@
 
 It reads one job per line from standard input, as JSON, and answers each with one line:
 
-    {"name": ..., "values": {...}, "tests": [...], "folder": ..., "log": ...}
+    {"name": ..., "values": {...}, "tests": [...], "folder": ..., "log": ..., "token": ...}
     {"name": ..., "status": 0, "seconds": 12.3, "ends": false}
 
-The statuses are those of run.py. `ends` is true after an error that nobody foresaw: it may have
-harmed the process, which therefore ends. What a job prints is appended to its log. The process dies
-with the one that started it.
+`token` is that of the lease which the suite holds; without it the run takes one. The statuses are
+those of run.py. `ends` is true after an error that nobody foresaw: it may have harmed the process,
+which therefore ends. What a job prints is appended to its log. The process dies with the one that
+started it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,14 @@ def serve() -> None:
             folder, screen = Path(job["folder"]), Screen()
             with blamed():
                 setup = set_up(job["values"])
-                execute(setup, tests=tests, folder=folder, resume=True, screen=screen)
+                execute(
+                    setup,
+                    tests=tests,
+                    folder=folder,
+                    resume=True,
+                    screen=screen,
+                    token=job.get("token"),
+                )
         except (BadInput, Failure) as error:
             print(f"error: {error}", file=sys.stderr)
             status = BAD_INPUT if isinstance(error, BadInput) else FAILED

@@ -25,6 +25,7 @@ from domainshift.data import DataSet
 from domainshift.data.device import loader
 from domainshift.data.images import Domain, UnlabelledImages, test_transform
 from domainshift.data.pairing import epoch_order
+from domainshift.errors import NonFiniteError
 from domainshift.methods import Method
 from domainshift.progress import Screen
 from domainshift.records.results import Predictions
@@ -90,8 +91,11 @@ def evaluate_all(
         first, *others = group
         with method.testing(first), measured(method, first, sets, epoch):
             for test in (first, *others):
-                with random_stream(method, sets.config.seed, epoch, test.name):
-                    predictions = predictions_of(method, test, sets, screen)
+                try:
+                    with random_stream(method, sets.config.seed, epoch, test.name):
+                        predictions = predictions_of(method, test, sets, epoch, screen)
+                except FloatingPointError as error:  # of a shaped layer
+                    raise NonFiniteError(f"test {test.name} after epoch {epoch}: {error}") from None
                 yield test, predictions
 
 
@@ -165,8 +169,13 @@ def in_batches(order: np.ndarray, size: int) -> list[list[int]]:
     return [order[first : first + size].tolist() for first in range(0, len(order), size)]
 
 
-def predictions_of(method: Method, test: Test, sets: TestSets, screen: Screen) -> Predictions:
-    """What the network says of each image of a test. The host waits for the device once, at the end."""
+def predictions_of(
+    method: Method, test: Test, sets: TestSets, epoch: int, screen: Screen
+) -> Predictions:
+    """What the network says of each image of a test. The host waits for the device once, at the end.
+
+    Raises NonFiniteError where a logit or the output of a shaped layer is not finite.
+    """
     domain, indices = sets.of(test)
     start, n = time.perf_counter(), len(indices)
     dataset = UnlabelledImages(domain.images, indices, test_transform(sets.config.image_size))
@@ -189,6 +198,8 @@ def predictions_of(method: Method, test: Test, sets: TestSets, screen: Screen) -
                 features[places[0] : places[-1] + 1] = prediction.features
             advance(part.whole)
     logits, features = (distributed.summed(t).cpu() for t in (logits, features))
+    with distributed.together():
+        check_finite(test, epoch, logits)
     labels = np.asarray(domain.labels[np.asarray(indices)])
     losses = F.cross_entropy(logits.double(), torch.from_numpy(labels), reduction="none")
     batches = losses.split(sets.config.batch_size)
@@ -201,6 +212,19 @@ def predictions_of(method: Method, test: Test, sets: TestSets, screen: Screen) -
         batch_loss=torch.stack([batch.mean() for batch in batches]).sum().item() / n,
         seconds=time.perf_counter() - start,
     )
+
+
+def check_finite(test: Test, epoch: int, logits: torch.Tensor) -> None:
+    """Refuse a test in which a number was not finite: argmax would name a class all the same.
+
+    Args:
+        logits: float32 (n, classes). Records keep them in float16, so a larger one is refused too.
+    """
+    if bad := int((~logits.half().isfinite()).any(1).sum()):
+        raise NonFiniteError(
+            f"test {test.name} after epoch {epoch}: the logits of {bad} of {len(logits)} images are not "
+            "finite in float16, which records keep"
+        )
 
 
 def count_of(predictions: Predictions) -> Count:

@@ -24,7 +24,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from domainshift import distributed, files
+from domainshift import distributed, files, finite
 from domainshift.config import Config
 from domainshift.data.images import (
     Domain,
@@ -35,7 +35,8 @@ from domainshift.data.images import (
     train_transform,
 )
 from domainshift.data.pairing import epoch_order
-from domainshift.errors import ConfigError, RecordError, ShapingError, TrainingError
+from domainshift.errors import ConfigError, NonFiniteError, RecordError, ShapingError
+from domainshift.lease import Lease
 from domainshift.methods import Method
 from domainshift.progress import Screen
 from domainshift.records import results
@@ -49,6 +50,8 @@ TARGET_AUGMENTATION = 3  # purpose of a random stream, beside those of `domainsh
 
 # ResNet-18 divides the side by 32, so at this size its last maps have one pixel.
 ONE_PIXEL = 32
+
+REMEDY = "Lower lr ({0.lr:g}), or set amp to off (it is {0.amp})"  # for numbers that are not finite
 
 Test = Callable[[int], Mapping[str, Count]]
 
@@ -150,7 +153,7 @@ def train_epoch(
     """One pass over the source, or what is left of the training. Returns the row's fields.
 
     Raises:
-        TrainingError: the loss is not finite.
+        NonFiniteError: a loss, the output of a shaped layer, or a weight or buffer is not finite.
         ShapingError: a chosen layer was not shaped once per pass.
     """
     n = len(images.source_indices)
@@ -158,7 +161,7 @@ def train_epoch(
     sizes = batch_sizes(n, config.batch_size)
     before = (epoch - 1) * len(sizes)  # updates of earlier epochs
     sizes = sizes[: total - before]
-    loss_sum = torch.zeros((), dtype=torch.float64, device=method.device)
+    losses = torch.zeros(len(sizes), dtype=torch.float64, device=method.device)
     correct = torch.zeros((), dtype=torch.int64, device=method.device)
     skipped = correct.clone()
     method.bn_moved = None
@@ -170,30 +173,30 @@ def train_epoch(
         for number, (whole, batch) in enumerate(zip(sizes, steps, strict=True)):
             method.progress = (before + number) / total
             tensors = (None if t is None else t.to(method.device, non_blocking=True) for t in batch)
-            step = method.update(*tensors, whole=whole)
+            try:
+                step = method.update(*tensors, whole=whole)
+            except FloatingPointError as error:  # of a shaped layer
+                where = f"epoch {epoch}, update {number + 1}: {error}"
+                raise NonFiniteError(f"{where}. {REMEDY.format(config)}") from None
             # tensors are added, not read, so that no step waits for a GPU
-            loss_sum += step.loss_sum
+            losses[number] = step.loss_sum
             correct += step.correct
             skipped += step.skipped
             advance(whole)
     moved = correct.new_full((), -1) if method.bn_moved is None else method.bn_moved
     # the one time in an epoch that the host waits for the device
-    sums = torch.stack([loss_sum, correct.double(), moved.double(), skipped.double()])
-    loss, hits, moves, skips = distributed.summed(sums).tolist()
+    counts = torch.stack([correct.double(), moved.double(), skipped.double()])
+    *sums, hits, moves, skips = distributed.summed(torch.cat([losses, counts])).tolist()
     seconds = time.perf_counter() - start
     if config.updates is None:
         method.schedule.step()
     passes = method.passes - passes_before
     fired = {name: count - fired_before[name] for name, count in method.fired().items()}
     with distributed.together():
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the training loss of epoch {epoch} is {loss}; lower lr ({config.lr:g}), or set amp "
-                f"to off (it is {config.amp})"
-            )
+        check_finite(method, sums, epoch)
         check_fired(fired, passes)
     return {
-        "train_loss": loss / sum(sizes),
+        "train_loss": sum(sums) / sum(sizes),
         "source_train_correct": int(hits),
         "source_train_total": sum(sizes),
         "lr": lr,
@@ -205,6 +208,25 @@ def train_epoch(
         "density": shared_density(method),
         "bn_untouched": None if moves < 0 else not moves,
     }
+
+
+def check_finite(method: Method, losses: Sequence[float], epoch: int) -> None:
+    """Refuse an epoch in which a number was not finite, by a NonFiniteError that says where.
+
+    Args:
+        losses: of each update of the epoch.
+    """
+    faults = []
+    for number, loss in enumerate(losses, 1):
+        if not math.isfinite(loss):
+            faults.append(f"the loss of update {number} is {loss}")
+            break
+    modules = [module.state_dict() for module in method.trained()]
+    if names := finite.nonfinite_names(item for state in modules for item in state.items()):
+        faults.append(f"at its end {finite.several(names)} are not finite")
+    if faults:
+        advice = REMEDY.format(method.config)
+        raise NonFiniteError(f"epoch {epoch}: {'; '.join(faults)}. {advice}")
 
 
 def check_fired(fired: Mapping[str, int], passes: int) -> None:
@@ -239,6 +261,7 @@ def train(
     test: Test,
     screen: Screen,
     log: Callable[[Row], None] = lambda row: None,
+    lease: Lease | None = None,
 ) -> list[Row]:
     """Train as long as `config` says, from the checkpoint in `folder` if there is one.
 
@@ -250,11 +273,12 @@ def train(
         origin: of `domainshift.setup.origin`.
         test: the tests after an epoch, by name. Called where `config.tests_after` asks for them.
         log: gets each new row.
+        lease: of `folder`. It is confirmed before anything is written.
 
     Raises:
         ConfigError: batches that cannot be trained on, or a checkpoint of another training.
         RecordError: a file in `folder` cannot be read or written.
-        TrainingError, ShapingError: see `train_epoch`.
+        NonFiniteError, ShapingError: see `train_epoch`.
     """
     images.check_batches(config)
     path = folder / CHECKPOINT
@@ -281,6 +305,8 @@ def train(
         row = Row(epoch=epoch, **values)
         with distributed.together():
             if distributed.rank() == 0:
+                if lease:
+                    lease.confirm()
                 files.append_json_line(folder / METRICS, row.model_dump(mode="json"))
                 checkpoint.save(path, method, epoch, origin)
         rows.append(row)

@@ -6,10 +6,8 @@ lies in a run's folder.
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,11 +21,12 @@ from domainshift.config import MEMORY_FORMATS, Config, Test, preset_values
 from domainshift.data.images import Domain, split_holdout
 from domainshift.data.pairing import same_class
 from domainshift.errors import ConfigError, RecordError
+from domainshift.lease import Busy, Lease, on_behalf, take
 from domainshift.methods import Method, method_named
 from domainshift.models import Weights, build_model, state_digest
 from domainshift.progress import Screen
 from domainshift.records import results
-from domainshift.records.results import Predictions, Result, Training
+from domainshift.records.results import MANY_SKIPPED, Predictions, Result, Training
 from domainshift.records.schema import CHECKPOINT, CONFIG, SUMMARY, TRAINING, Count, Row
 from domainshift.records.validate import check, evaluation_faults, read_result
 from domainshift.setup import Setup, origin, targets_of_training, training_key, training_setup
@@ -40,7 +39,13 @@ CURVES, MAPS = "curves.png", "maps.png"
 
 
 def execute(
-    setup: Setup, *, tests: Sequence[Test], folder: Path, resume: bool, screen: Screen
+    setup: Setup,
+    *,
+    tests: Sequence[Test],
+    folder: Path,
+    resume: bool,
+    screen: Screen,
+    token: str | None = None,
 ) -> None:
     """Train, or go on with the training in `folder`, and make every test that has no valid record.
 
@@ -48,22 +53,42 @@ def execute(
         setup: what is asked for. Its training may be that of another method (see `training_setup`).
         tests: which tests the folder must have afterwards, that of the first target first.
         resume: whether `folder` may hold an earlier part of this run.
+        token: of the lease of `folder` that a suite holds for this run; None: it takes its own.
 
     Raises:
-        BadInput: the folder holds another run, or something that is asked for cannot be.
+        BadInput: the folder holds another run, another process writes to it, or something that is
+            asked for cannot be.
         Failure: the run started and cannot go on.
     """
     shared = training_setup(setup)
     with distributed.together():
         distributed.take_device(setup.config.device)
-        saved = open_folder(folder, shared, resume, screen)
-        tests = list(dict.fromkeys([*saved_tests(saved), *tests]))
-        training = finished_training(folder, training_key(shared))
-        missing = untested(folder, shared, training, tests)
-    if training and not missing and (folder / SUMMARY).is_file():
-        say_finished(folder, training, screen)
+        content = Content.of(folder, shared, tests, resume)
+    if content.finished:
+        say_finished(folder, content.training, screen)
         return
+    with ExitStack() as stack:
+        lease = None
+        with distributed.together():
+            if distributed.rank() == 0:
+                lease = stack.enter_context(leased(folder, token, screen))
+        with distributed.together():  # another process may have written here meanwhile
+            content = Content.of(folder, shared, tests, resume)
+        if resume and content.training is None and not (folder / CHECKPOINT).exists():
+            screen.say(f"no checkpoint in {folder} yet: starting from the beginning")
+        run(setup, shared, content, folder, lease, screen)
 
+
+def run(
+    setup: Setup,
+    shared: Setup,
+    content: Content,
+    folder: Path,
+    lease: Lease | None,
+    screen: Screen,
+) -> None:
+    """`execute`, once the folder is this run's. `lease` is None except in process 0."""
+    training, tests, missing = content.training, content.tests, content.missing
     # one process of a machine first: the others then find the images decoded
     with distributed.together():
         if distributed.first_here():
@@ -72,29 +97,56 @@ def execute(
         experiment = build(shared, tests, training, folder)
         check_checkpoint(shared, experiment.method, training, folder)
     announce(setup, experiment, missing, training, screen)
-    with ExitStack() as stack:
-        with distributed.together():
-            if distributed.rank() == 0:
-                stack.enter_context(claimed(folder))
-                write_config(folder, setup, tests, experiment.warnings, saved)
-        with closing(experiment.method) as method:
-            last: dict[Test, Predictions] = {}  # of the last epoch
-            if fresh := training is None:
-                training = trained(shared, experiment, tests, last, folder, screen)
-            others = [test for test in missing if test not in last]
-            epoch = training.record.epochs
-            later = evaluate_all(method, others, experiment.sets, epoch, screen)
-            for test, predictions in chain(last.items(), later):
-                write_evaluation(shared, training, test, predictions, folder)
+    with distributed.together():
         if distributed.rank() == 0:
-            draw(experiment, training.rows, tests, folder, fresh, screen)
-            write_summary(folder, tests)
+            write_config(folder, setup, tests, experiment.warnings, content.saved)
+    with closing(experiment.method) as method:
+        last: dict[Test, Predictions] = {}  # of the last epoch
+        if fresh := training is None:
+            training = trained(shared, experiment, tests, last, folder, lease, screen)
+        others = [test for test in missing if test not in last]
+        epoch = training.record.epochs
+        later = evaluate_all(method, others, experiment.sets, epoch, screen)
+        for test, predictions in chain(last.items(), later):
+            write_evaluation(shared, training, test, predictions, folder, lease)
+    if distributed.rank() == 0:
+        draw(experiment, training.rows, tests, folder, fresh, screen)
+        write_summary(folder, tests)
 
 
 # --- what a folder holds ----------------------------------------------------------------------
 
 
-def open_folder(folder: Path, shared: Setup, resume: bool, screen: Screen) -> dict[str, Any]:
+@dataclass
+class Content:
+    """What a run's folder holds, and what of this run is to do.
+
+    Attributes:
+        saved: the content of config.yaml; {} without one.
+        tests: those that the folder must have, earlier ones too.
+        training: the finished one.
+        missing: the tests without a valid record.
+        finished: whether nothing is to do.
+    """
+
+    saved: dict[str, Any]
+    tests: list[Test]
+    training: Training | None
+    missing: list[Test]
+    finished: bool
+
+    @classmethod
+    def of(cls, folder: Path, shared: Setup, tests: Sequence[Test], resume: bool) -> Content:
+        """Raises BadInput where the folder holds another run."""
+        saved = open_folder(folder, shared, resume)
+        tests = list(dict.fromkeys([*saved_tests(saved), *tests]))
+        training = finished_training(folder, training_key(shared))
+        missing = untested(folder, shared, training, tests)
+        finished = training is not None and not missing and (folder / SUMMARY).is_file()
+        return cls(saved, tests, training, missing, finished)
+
+
+def open_folder(folder: Path, shared: Setup, resume: bool) -> dict[str, Any]:
     """The content of the folder's config.yaml; {} where there is none.
 
     Raises ConfigError where another run would be overwritten.
@@ -109,8 +161,6 @@ def open_folder(folder: Path, shared: Setup, resume: bool, screen: Screen) -> di
                 "another folder with --out"
             )
         return {}
-    if not (folder / CHECKPOINT).exists():
-        screen.say(f"no checkpoint in {folder} yet: starting from the beginning")
     path = folder / CONFIG
     if not path.is_file():
         return {}
@@ -173,31 +223,33 @@ def untested(
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it: no second process writes there, and what a kill left half is removed.
+def leased(folder: Path, token: str | None, screen: Screen) -> Iterator[Lease]:
+    """The lease of a folder, which is made where it is missing and, while still empty, removed again.
 
-    The system lets go of it when the process ends, however it ends. Raises RecordError or ConfigError.
+    What a kill left half is removed. Raises RecordError or ConfigError.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecordError(f"cannot make folder {folder}: {error.strerror}") from error
-    handle = os.open(folder, os.O_RDONLY)
+    if token is not None:
+        yield on_behalf(folder, token)
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"out: {str(folder)!r} belongs to a run that is still going on; wait for it, or name "
-                "another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        for path in folder.glob(".*.part"):
-            path.unlink(missing_ok=True)
-        yield
+            folder.mkdir(parents=True, exist_ok=True)
+            lease = take(folder)
+        except Busy as error:
+            raise ConfigError(f"out: {error}; wait for it, or name another folder") from None
+        except OSError as error:
+            raise RecordError(f"out: cannot write to {folder}: {error.strerror}") from error
+        with lease:
+            if lease.before:
+                screen.say(f"{folder} was in use by {lease.before}; that process is gone")
+            for path in folder.glob(".*.part"):
+                path.unlink(missing_ok=True)
+            yield lease
     finally:
-        os.close(handle)
+        for path in made:
+            with suppress(OSError):  # it holds files, or is not there
+                path.rmdir()
 
 
 def write_config(
@@ -366,6 +418,7 @@ def trained(
     tests: Sequence[Test],
     last: dict[Test, Predictions],
     folder: Path,
+    lease: Lease | None,
     screen: Screen,
 ) -> Training:
     """Train, write the record, and leave the predictions of the last epoch's tests in `last`."""
@@ -379,7 +432,14 @@ def trained(
         return {test.name: count_of(predictions) for test, predictions in last.items()}
 
     parts = origin(shared)
-    rows = train(method, experiment.images, config, folder, parts, test, screen, experiment.log)
+    rows = train(
+        method, experiment.images, config, folder, parts, test, screen, experiment.log, lease
+    )
+    skipped, updates = (sum(getattr(row, n) for row in rows) for n in ("skipped", "updates"))
+    if skipped > MANY_SKIPPED * updates:
+        lost = f"float16 skipped {skipped} of {updates} updates, more than {MANY_SKIPPED:.0%}"
+        experiment.warnings.append(lost)
+        screen.warn(lost)
     record = results.training_record(
         shared,
         rows,
@@ -391,15 +451,22 @@ def trained(
     )
     with distributed.together():
         if distributed.rank() == 0:
+            lease.confirm()
             results.write_training(folder, record)
     return Training(record, rows)
 
 
 def write_evaluation(
-    shared: Setup, training: Training, test: Test, predictions: Predictions, folder: Path
+    shared: Setup,
+    training: Training,
+    test: Test,
+    predictions: Predictions,
+    folder: Path,
+    lease: Lease | None,
 ) -> None:
     with distributed.together():
         if distributed.rank() == 0:
+            lease.confirm()
             record, content = results.evaluation_record(
                 training.record,
                 test,

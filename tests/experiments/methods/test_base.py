@@ -346,3 +346,14 @@ def test_an_update_whose_float16_gradient_overflows_is_counted_and_moves_nothing
     method.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     assert not bool(method.update(*batch_for(method)).skipped)
     assert not bool(method_with(net()).update(*batch_for(method)).skipped)  # without a scaler
+
+
+def test_the_schedule_of_updates_waits_for_those_that_float16_skips():
+    method = method_with(net(), amp="float16", updates=4, epochs=None, step_fraction=0.5, gamma=0.1)
+    full = method.optimizer.param_groups[0]["lr"]
+    rates = []
+    for scale in (2.0**60, 1.0, 2.0**60, 1.0):
+        method.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        method.update(*batch_for(method))
+        rates.append(method.optimizer.param_groups[0]["lr"])
+    assert rates == [full, full, full, full * 0.1]

@@ -257,28 +257,30 @@ def config_with(**values):
     return validated({"epochs": 30, "lr": 0.1, "gamma": 0.5, "step_fraction": 0.8} | values, method)
 
 
-def row_with(rate, row):
-    return row.model_copy(update={"lr": rate})
-
-
 @pytest.mark.parametrize(
-    "values, images, rates",
+    "values, epochs, rates",
     [
-        ({"epochs": 3}, 20, [0.1, 0.1, 0.05]),  # int(0.8 * 3) = 2 epochs
-        ({"epochs": 1}, 20, [0.1]),
-        # int(0.8 * 10) = 8 updates, three an epoch
-        ({"epochs": None, "updates": 10, "batch_size": 8}, 20, [0.1, 0.1, 0.1, 0.05]),
-        ({"mode": "dann", "dann_lr_factor": 3.0, "epochs": 3}, 20, [0.1, 0.1, 0.05]),
-        ({"epochs": 3, "gamma": 1.0}, 20, [0.1, 0.1, 0.1]),
+        ({"epochs": 3}, [(3, 0)] * 3, [0.1, 0.1, 0.05]),  # int(0.8 * 3) = 2 epochs
+        ({"epochs": 3, "amp": "float16"}, [(3, 3)] * 3, [0.1, 0.1, 0.05]),
+        ({"epochs": 1}, [(3, 0)], [0.1]),
+        # int(0.8 * 10) = 8 updates that moved the weights
+        ({"epochs": None, "updates": 10}, [(3, 0), (3, 0), (3, 0), (1, 0)], [0.1, 0.1, 0.1, 0.05]),
+        ({"epochs": None, "updates": 10}, [(3, 2), (3, 0), (3, 0), (1, 0)], [0.1] * 4),
+        ({"mode": "dann", "dann_lr_factor": 3.0, "epochs": 3}, [(3, 0)] * 3, [0.1, 0.1, 0.05]),
+        ({"epochs": 3, "gamma": 1.0}, [(3, 0)] * 3, [0.1, 0.1, 0.1]),
     ],
 )
-def test_rates_follow_from_the_schedule(finished, values, images, rates):
+def test_rates_follow_from_the_schedule(finished, values, epochs, rates):
+    """epochs: updates of each, and how many of them float16 skipped."""
     _, rows = read_training(finished)
     config = config_with(**values)
-    made = [row_with(rate, rows[0]) for rate in rates]
-    assert list(rate_faults(config, made, images)) == []
-    wrong = [row_with(rates[0] * 1.001, rows[0]), *made[1:]]
-    ((rule, text),) = rate_faults(config, wrong, images)
+    made = [
+        rows[0].model_copy(update={"lr": rate, "updates": updates, "skipped": skipped})
+        for rate, (updates, skipped) in zip(rates, epochs, strict=True)
+    ]
+    assert list(rate_faults(config, made)) == []
+    wrong = [made[0].model_copy(update={"lr": rates[0] * 1.001}), *made[1:]]
+    ((rule, text),) = rate_faults(config, wrong)
     assert rule == "rates" and "lr is 0.1001; the switches give 0.1" in text
 
 

@@ -1,4 +1,4 @@
-"""Worker processes of this machine: which there are, what they lock, and what a kill leaves."""
+"""Worker processes of this machine: which there are, and what a kill leaves."""
 
 import os
 import signal
@@ -7,17 +7,19 @@ import sys
 import time
 
 import pytest
+from domainshift.lease import take
 from domainshift.sweep import local, worker
 from domainshift.sweep.local import Local, Task, slots
-from domainshift.sweep.state import LOG, lock
+from domainshift.sweep.state import LOG
 
 
 def task_of(stand, number, wait=True):
-    """A task for a pool, of one of the stand's trainings, and its lock."""
+    """A task for a pool, of one of the stand's trainings."""
     job = stand.plan.jobs[number]
-    (stand.out / job.name).mkdir(parents=True, exist_ok=True)
+    folder = stand.out / job.name
+    folder.mkdir(parents=True, exist_ok=True)
     tests = [test.model_dump() for test in job.tests]
-    return Task(job.name, job.values, tests, stand.out / job.name, lock(stand.out, job.name))
+    return Task(job.name, job.values, tests, folder, take(folder))
 
 
 def until(condition):
@@ -140,52 +142,6 @@ def test_stop_ends_what_is_going_on(stand, pool):
     process = pool.workers[0].process
     pool.stop()
     assert process.returncode == -signal.SIGKILL and not stand.ended
-
-
-# --- locks ------------------------------------------------------------------------------------
-
-HOLDING = """
-import sys, time
-sys.path.insert(0, {experiments!r})
-from pathlib import Path
-from domainshift.sweep.state import lock
-from domainshift.training.run import claimed
-out = Path({out!r})
-{what}
-"""
-
-
-def holder(tmp_path, what):
-    """A process that holds something in `tmp_path` until it is killed."""
-    experiments = str(local.Path(local.__file__).parents[2])
-    code = HOLDING.format(experiments=experiments, out=str(tmp_path), what=what)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
-def killed(process):
-    process.kill()
-    process.wait()
-    process.stdout.close()
-
-
-def test_a_lock_is_held_by_one_and_dies_with_its_process(tmp_path):
-    process = holder(tmp_path, "held = lock(out, 'a'); print('held', flush=True); time.sleep(60)")
-    assert lock(tmp_path, "a") is None
-    lock(tmp_path, "b").close()
-    killed(process)
-    with lock(tmp_path, "a") as held:
-        assert held is not None and lock(tmp_path, "a") is None
-
-
-def test_a_folder_stays_locked_while_a_run_writes_to_it(tmp_path):
-    """Also where the run was not started by a suite, or outlived it."""
-    process = holder(tmp_path, "with claimed(out / 'a'): print('held', flush=True); time.sleep(60)")
-    assert lock(tmp_path, "a") is None
-    killed(process)
-    with lock(tmp_path, "a") as held:
-        assert held is not None
 
 
 def test_a_worker_whose_suite_is_gone_does_not_begin():

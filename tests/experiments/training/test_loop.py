@@ -1,18 +1,21 @@
 """What training sees and refuses: order, pairs, batches, labels, hooks, the loss."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from domainshift.data.pairing import epoch_order
-from domainshift.errors import ConfigError, RecordError, ShapingError, TrainingError
+from domainshift.errors import ConfigError, NonFiniteError, RecordError, ShapingError, WeightsError
 from domainshift.methods import Method
-from domainshift.records.schema import CHECKPOINT
+from domainshift.records.schema import CHECKPOINT, METRICS
 from domainshift.setup import origin
 from domainshift.training.loop import train
 from domainshift.training.run import build
 from tiny_runs import TOTAL, quiet, rows_of, run, same_tensors, setup_of, state_of
+
+import fastshape
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -204,8 +207,97 @@ def test_shaping_that_does_not_happen_stops_the_run(monkeypatch, tmp_path, mode)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(TrainingError, match="the training loss of epoch"):
+    with pytest.raises(
+        NonFiniteError, match="epoch 1: the loss of update 2 is nan; at its end conv1"
+    ):
         run(tmp_path / "r", lr=1e30)
+    assert not (tmp_path / "r" / METRICS).exists()
+
+
+def poison(monkeypatch, act, update=2):
+    """Do `act(method)` before an update of the first epoch."""
+    own, count = Method.update, [0]
+
+    def poisoned(self, *arguments, **named):
+        count[0] += 1
+        if count[0] == update:
+            act(self)
+        return own(self, *arguments, **named)
+
+    monkeypatch.setattr(Method, "update", poisoned)
+
+
+@torch.no_grad()
+def spoil(tensor):
+    tensor.view(-1)[0] = math.nan
+
+
+def test_a_nan_that_binarization_hides_stops_the_run(tmp_path, monkeypatch):
+    """The map has 0 where the activation is NaN: loss, logits and accuracies stay finite."""
+    poison(monkeypatch, lambda method: spoil(method.model.conv1.weight))
+    expected = r"^epoch 1, update 2: layer 'conv1': \d+ of \d+ values of its output are not finite. Lower lr"
+    with pytest.raises(NonFiniteError, match=expected):
+        run(tmp_path / "r", **SHAPED["random"])
+    assert not (tmp_path / "r").exists() or not (tmp_path / "r" / METRICS).exists()
+
+
+def test_maps_of_the_experiments_own_look_too(tmp_path, monkeypatch):
+    poison(monkeypatch, lambda method: spoil(method.model.conv1.weight))
+    expected = "^epoch 1, update 2: layer 'conv1': its output is not finite. Lower lr"
+    with pytest.raises(NonFiniteError, match=expected):
+        run(tmp_path / "r", **SHAPED["random"], mask_unit="channel")
+
+
+def test_a_recorded_map_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    """In the pass over target images alone."""
+    record = fastshape.Attachment.record
+
+    def poisoned(self, images):
+        record(self, images * (math.nan if self.fired["layer1.1.conv1"] == 1 else 1))
+
+    monkeypatch.setattr(fastshape.Attachment, "record", poisoned)
+    with pytest.raises(
+        NonFiniteError, match="^epoch 1, update 2: layer 'layer1.1.conv1': .* are not finite"
+    ):
+        run(tmp_path / "r", **SHAPED["da"])
+
+
+@pytest.mark.parametrize("name", ["bn1.running_mean", "fc.bias"])
+def test_a_buffer_or_weight_that_is_not_finite_is_named(tmp_path, monkeypatch, name):
+    """Even where no loss shows it: it changes after the last update."""
+
+    def later(self):
+        if self.passes:
+            spoil(self.model.state_dict()[name])
+        return {}
+
+    monkeypatch.setattr(Method, "fired", later)
+    with pytest.raises(NonFiniteError, match=f"epoch 1: at its end {name} are not finite"):
+        run(tmp_path / "r")
+
+
+def test_logits_that_are_not_finite_stop_a_test(tmp_path, monkeypatch):
+    own = Method.predict
+
+    def poisoned(self, images, start=0):
+        prediction = own(self, images, start)
+        spoil(prediction.logits)
+        return prediction
+
+    monkeypatch.setattr(Method, "predict", poisoned)
+    expected = "test sketch-bn-source after epoch 1: the logits of 1 of 21 images are not finite"
+    with pytest.raises(NonFiniteError, match=expected):
+        run(tmp_path / "r", epochs=1)
+    assert not (tmp_path / "r" / METRICS).exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = built(tmp_path)[1].method.model.state_dict()
+    spoil(state["layer1.0.conv1.weight"])
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(WeightsError, match="not finite, in layer1.0.conv1.weight"):
+        run(tmp_path / "r", weights=str(tmp_path / "bad.pt"))
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("memory_format", ("contiguous", "channels_last"))

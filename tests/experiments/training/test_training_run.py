@@ -2,21 +2,28 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 import types
+from dataclasses import asdict
 
 import pytest
+import torch
 from domainshift import files
 from domainshift.config import Test
 from domainshift.errors import ConfigError
+from domainshift.lease import Lost, holder, owner_of, path_of, take
+from domainshift.methods import Method
 from domainshift.progress import Screen
 from domainshift.records import results
 from domainshift.records.schema import CHECKPOINT, CONFIG, METRICS, SUMMARY, TRAINING
 from domainshift.records.validate import check
 from domainshift.setup import set_up
+from domainshift.training import loop as training_loop
+from domainshift.training import run as training_run
 from domainshift.training.curve_log import curve_log
-from domainshift.training.run import claimed, closing_lines
+from domainshift.training.run import closing_lines
 from rich.console import Console
 from tiny_runs import TINY, TOTAL, assert_same_training, rows_of, run, setup_of
 
@@ -175,14 +182,50 @@ def test_a_file_is_no_folder(tmp_path):
         run(tmp_path / "r")
 
 
-def test_a_folder_of_a_run_that_is_going_on_is_refused(tmp_path):
-    with (
-        claimed(tmp_path / "r"),
-        pytest.raises(ConfigError, match="belongs to a run that is still going on"),
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_of_a_run_that_is_going_on_is_refused_at_once(tmp_path, monkeypatch, resume):
+    monkeypatch.setattr(training_run, "domains_of", None)  # the first slow step
+    refusal = f"out: '{tmp_path}' is in use by process {os.getpid()} on .*, for . s; wait for it"
+    with take(tmp_path), pytest.raises(ConfigError, match=refusal):
+        run(tmp_path, resume=resume)
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path, monkeypatch):
+    def refuse(*_):
+        assert holder(tmp_path / "a" / "r").process == os.getpid()
+        raise ConfigError("too small")
+
+    monkeypatch.setattr(training_run, "build", refuse)
+    with pytest.raises(ConfigError, match="too small"):
+        run(tmp_path / "a" / "r")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_goes_on_where_a_killed_one_left_its_lease(tmp_path, no_pictures):
+    with take(tmp_path) as lease:
+        owner = owner_of(lease.path)
+    dead = json.dumps(asdict(owner) | {"process": 2**22 + 1})
+    path_of(tmp_path, 1).write_text(dead)
+    screen = Lines()
+    run(tmp_path, epochs=1, screen=screen)
+    assert any(line.endswith("that process is gone") for line in screen.lines)
+    assert not list(tmp_path.glob(".lease*"))
+
+
+def test_a_run_that_lost_its_folder_writes_nothing_more(tmp_path, no_pictures, monkeypatch):
+    """It slept for hours, say, and another one took its folder over."""
+    write = training_loop.files.append_json_line
+
+    def taken_over(path, row):
+        write(path, row)
+        path_of(tmp_path, 2).touch()
+
+    monkeypatch.setattr(training_loop.files, "append_json_line", taken_over)
+    with pytest.raises(
+        Lost, match="did not touch its lease for 300 s. Nothing more is written here"
     ):
-        run(tmp_path / "r", resume=True)
-    with claimed(tmp_path / "r"):  # and is free afterwards
-        pass
+        run(tmp_path, epochs=3)
+    assert len(rows_of(tmp_path)) == 1
 
 
 def test_nothing_to_resume_starts_from_the_beginning(tmp_path, no_pictures):
@@ -337,3 +380,15 @@ def test_no_log_is_the_default(tmp_path, shaped):
     log = curve_log(setup_of().config, tmp_path)
     assert log(results.read_rows(shaped[0])[0]) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_skipped_many_updates_says_so(tmp_path, no_pictures, monkeypatch):
+    def overflown(self):
+        return torch.ones((), dtype=torch.bool)
+
+    monkeypatch.setattr(Method, "overflown", overflown)
+    screen = Lines()
+    folder = run(tmp_path / "r", amp="float16", epochs=2, screen=screen)
+    lost = "float16 skipped 4 of 4 updates, more than 5%"
+    assert f"warning: {lost}" in screen.lines
+    assert lost in results.read_training(folder).record.warnings

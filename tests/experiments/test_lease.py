@@ -1,0 +1,166 @@
+"""Leases of folders: one owner at a time, whatever ends it."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+
+import pytest
+from domainshift import lease
+from domainshift.lease import Busy, Lost, Owner, holder, on_behalf, owner_of, path_of, take
+
+GONE = 2**22 + 1  # above the highest number that Linux gives a process
+
+ELSEWHERE = Owner("far", "far boot pid", 17, "1", time.time() - 3 * 3600, "token")
+
+
+def leave(folder, owner, number=1, seconds=0.0):
+    """The lease of an owner, last touched some seconds ago."""
+    path = path_of(folder, number)
+    path.write_text(json.dumps(asdict(owner)))
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_one_owner_at_a_time_whom_the_refusal_names(tmp_path):
+    with take(tmp_path):
+        with pytest.raises(Busy) as caught:
+            take(tmp_path)
+        who = f"process {os.getpid()} on {socket.gethostname()}, for 0 s"
+        assert str(caught.value) == f"{str(tmp_path)!r} is in use by {who}"
+        assert holder(tmp_path).process == os.getpid()
+    assert files_in(tmp_path) == [] and holder(tmp_path) is None
+    take(tmp_path).release()
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_a_process_that_is_gone_has_no_lease(tmp_path, reaped):
+    """Also one whose parent has not asked yet how it ended."""
+    code = (
+        f"import sys, time; sys.path.insert(0, {os.path.dirname(os.path.dirname(lease.__file__))!r})\n"
+        "from pathlib import Path; from domainshift.lease import take\n"
+        f"take(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(Busy, match=f"process {process.pid} on"):
+        take(tmp_path)
+    process.kill()
+    if reaped:
+        process.wait()
+    else:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    with take(tmp_path) as own:
+        assert own.number == 2 and own.before.process == process.pid
+    assert files_in(tmp_path) == []
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_process_with_the_number_of_one_that_is_gone_is_another(tmp_path):
+    with take(tmp_path) as first:
+        owner = owner_of(first.path)
+    leave(tmp_path, replace(owner, birth="1"))
+    take(tmp_path).release()
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_on_another_machine_signs_of_life_decide(tmp_path, number):
+    for lower in range(1, number):
+        leave(tmp_path, ELSEWHERE, lower, 2 * lease.EXPIRY)
+    leave(tmp_path, ELSEWHERE, number, lease.EXPIRY - 60)
+    with pytest.raises(Busy, match="in use by process 17 on far, for 3 h"):
+        take(tmp_path)
+    leave(tmp_path, ELSEWHERE, number, lease.EXPIRY + 60)
+    with take(tmp_path) as own:
+        assert own.number == number + 1 and own.before == ELSEWHERE
+    assert files_in(tmp_path) == []
+
+
+def test_a_file_that_was_cut_off_counts_until_it_is_old(tmp_path):
+    path_of(tmp_path, 1).write_text('{"host": "fa')
+    with pytest.raises(Busy, match="an unknown host"):
+        take(tmp_path)
+    os.utime(path_of(tmp_path, 1), (0, 0))
+    take(tmp_path).release()
+    assert files_in(tmp_path) == []
+
+
+def test_an_owner_shows_that_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 0.01)
+    with take(tmp_path) as own:
+        os.utime(own.path, (0, 0))
+        end = time.monotonic() + 10
+        while own.path.stat().st_mtime == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert time.time() - own.path.stat().st_mtime < 60
+
+
+def test_who_was_taken_over_is_told_and_removes_nothing(tmp_path):
+    own = take(tmp_path)
+    owner = owner_of(own.path)
+    own.confirm()
+    leave(tmp_path, replace(owner, process=GONE))  # as another machine sees one that sleeps
+    with take(tmp_path) as other:
+        with pytest.raises(Lost, match=f"was taken over by process {os.getpid()}"):
+            own.confirm()
+        own.release()
+        other.confirm()
+
+
+def test_a_suite_holds_the_lease_for_its_worker(tmp_path):
+    with take(tmp_path) as own:
+        on_behalf(tmp_path, own.token).confirm()
+        with pytest.raises(Lost):
+            on_behalf(tmp_path, "another")
+
+
+def test_of_many_that_contend_and_crash_one_alone_is_inside(tmp_path):
+    """Each takes the folder, and lets go of it or dies with it, as fast as it can."""
+    inside, entries, faults = [], [], []
+    start, end = threading.Barrier(8), time.monotonic() + 4
+
+    def contend(seed):
+        chance = random.Random(seed)
+        start.wait()
+        while time.monotonic() < end:
+            try:
+                own = take(tmp_path)
+            except Busy:
+                continue
+            inside.append(seed)
+            time.sleep(chance.choice((0, 0.001)))
+            if inside != [seed]:
+                faults.append(list(inside))
+            entries.append(seed)
+            dies = chance.random() < 0.5
+            inside.remove(seed)
+            if dies:
+                own._released.set()
+                dead = replace(owner_of(own.path), process=GONE)
+                temporary = tmp_path / f"dead-{seed}"
+                temporary.write_text(json.dumps(asdict(dead)))
+                os.replace(temporary, own.path)
+            else:
+                own.release()
+
+    threads = [threading.Thread(target=contend, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == [] and len(entries) > 50 and len(set(entries)) > 1
+
+
+def test_ages_have_one_unit():
+    assert [lease.age(s) for s in (-3, 59, 119, 300, 7199, 7200, 172799, 172800)] == [
+        "0 s", "59 s", "119 s", "5 min", "120 min", "2 h", "48 h", "2 days",
+    ]  # fmt: skip
