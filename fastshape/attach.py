@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -32,6 +34,9 @@ RECORD_MODES = ("eval", "train")
 METHODS = ("hooks", "replace")
 
 
+_COUNTING = threading.Lock()  # of what several threads count
+
+
 class _Stop(BaseException):
     """Ends a target pass after its last recording. A BaseException, because a model may catch every Exception."""
 
@@ -44,6 +49,17 @@ def _count_calls(model: nn.Module, names: Sequence[str], inputs: tuple, kwargs: 
         return None
 
 
+class _Calls(threading.local):
+    """How often one thread called each chosen module in its current forward of the model."""
+
+    def __init__(self, names: Sequence[str]):
+        self.of = dict.fromkeys(names, 0)
+
+
+def _unshaped(module: nn.Module, args: tuple, output) -> None:
+    """The hook that a copy of a part of the model has in place of a `_Site`."""
+
+
 class _Site:
     """The forward hook of one chosen module."""
 
@@ -52,15 +68,23 @@ class _Site:
         self.name = name
         self.fusion = fusion  # the chain that starts with the module, or None
 
+    def __deepcopy__(self, memo: dict):
+        if id(self.attachment.model) not in memo:  # a part of the model is copied without the rest
+            return _unshaped
+        copied = memo[id(self)] = object.__new__(_Site)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layers: {self.name!r} returns a {type(output).__name__}; only a module that returns one "
                 "tensor can be shaped"
             )
+        self.attachment._require_no_other_recorder()
         if self.attachment.check_finite:
             _require_finite(self.name, output)
-        if self.attachment._recording:
+        if self.attachment._recorder is not None:
             self.attachment._record_output(self.name, output)
             return None
         return self.attachment._shape_output(self.name, output, module, self.fusion)
@@ -138,14 +162,14 @@ class Attachment:
         self.fired = dict.fromkeys(names, 0)
         self.method_of = {name: "replace" if name in chains else "hooks" for name in names}
         self.reasons = reasons
-        self._recording = False
+        self._recorder: int | None = None  # the thread whose record goes on
         self._recorded: dict[str, list[BitMask | Tensor]] = {}
         # Autograd's node count at the last record. Nodes with higher numbers belong to later forwards.
         self._recorded_at = 0
         # The number of calls of the chosen modules in one forward, by the kind of call; None where it is unknown.
         self._calls_per_pass: dict[tuple, int | None] = {}
         self._stop_after: int | None = None
-        self._calls = dict.fromkeys(names, 0)  # in the current forward
+        self._calls = _Calls(names)
         self._last_mask: dict[str, tuple] = {}
         _keep_out_of_graphs()
         modules = dict(model.named_modules())
@@ -160,6 +184,7 @@ class Attachment:
         for owner in dict.fromkeys(chain.owner for chain in chains.values()):
             module = modules[owner]
             calls = Owner(
+                model,
                 module,
                 [self._fusions[n] for n in names if n in chains and chains[n].owner == owner],
             )
@@ -172,11 +197,10 @@ class Attachment:
 
     # ---- public ----
 
-    @torch.no_grad()
     def record(self, *inputs, **kwargs) -> None:
         """Run the target pass and keep its maps for all forwards until the next `record`.
 
-        The pass builds no graph, shapes nothing and ends at the deepest chosen layer. With ``record_mode="eval"`` the whole
+        The pass builds no graph, also in inference mode, shapes nothing and ends at the deepest chosen layer. With ``record_mode="eval"`` the whole
         model runs in evaluation mode and the BatchNorm statistics stay. With ``"train"`` it runs in training mode and they
         move. Afterwards each module has its old training flag again.
 
@@ -184,13 +208,14 @@ class Attachment:
             inputs, kwargs: the arguments of the model: a batch of N target images.
 
         Raises:
-            RuntimeError: the mode records nothing, the attachment was removed, or the pass did not reach a layer.
+            RuntimeError: the mode records nothing, the attachment was removed, the pass did not reach a layer, or another
+                thread records. A forward in another thread during a record raises it too.
         """
         if self.mode not in ("target", "product"):
             raise RuntimeError(f"mode={self.mode!r} records nothing; only target and product do")
         if not self._handles:
             raise RuntimeError("this attachment was removed from its model")
-        with self._record_flags():
+        with self._recording(), torch.inference_mode(False), torch.no_grad(), self._record_flags():
             constants = [
                 t if isinstance(t, CONSTANTS) else ... for t in (*inputs, *kwargs.values())
             ]
@@ -200,7 +225,6 @@ class Attachment:
             self._stop_after = self._calls_per_pass[call]
             self._recorded = {name: [] for name in self.names}
             self._recorded_at = torch._C._autograd._get_sequence_nr()
-            self._recording = True
             try:
                 self.model(*inputs, **kwargs)
                 # The model ran to its end, so the number of calls is now known even if tracing failed.
@@ -211,9 +235,8 @@ class Attachment:
                 self._recorded = {}
                 raise
             finally:
-                self._recording = False
                 for fusion in self._fusions.values():  # _Stop skips the hooks that end an owner
-                    fusion.owner_runs = None
+                    fusion.now.owner_runs = None
         missing = [name for name in self.names if not self._recorded[name]]
         if missing:
             self._recorded = {}
@@ -244,8 +267,12 @@ class Attachment:
     def __exit__(self, *exception) -> None:
         self.remove()
 
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_calls"}
+
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
+        self._calls, self._recorder = _Calls(self.names), None
         self._recorded_at = 0  # a copy has no graph yet, and another process has its own node count
 
     def __repr__(self) -> str:
@@ -255,7 +282,25 @@ class Attachment:
     # ---- called by the hooks ----
 
     def _begin(self, model: nn.Module, args: tuple) -> None:
-        self._calls = dict.fromkeys(self.names, 0)
+        self._require_no_other_recorder()
+        self._calls.of = dict.fromkeys(self.names, 0)
+
+    def _require_no_other_recorder(self) -> None:
+        if self._recorder is not None and self._recorder != threading.get_ident():
+            raise RuntimeError(
+                "attachment.record runs in another thread, which changes the modes of all modules: a forward or a second "
+                "record must wait for it"
+            )
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        with _COUNTING:
+            self._require_no_other_recorder()
+            self._recorder = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._recorder = None
 
     @contextlib.contextmanager
     def _record_flags(self) -> Iterator[None]:
@@ -300,8 +345,9 @@ class Attachment:
             last = (mask,)
         if not again:
             self._last_mask[name] = last
-            self._calls[name] += 1
-            self.fired[name] += 1
+            self._calls.of[name] += 1
+            with _COUNTING:
+                self.fired[name] += 1
         if isinstance(mask, Tensor):  # the raw product
             return (x.detach() if self.gradient == "zero" else x) * mask
         inplace = output_is_free(module, x)
@@ -336,7 +382,7 @@ class Attachment:
                     f"{name!r} is checkpointed and was called {len(maps)} times in the target pass: mode={self.mode!r} "
                     "allows one call, because backward does not say which call it repeats"
                 )
-        call = 0 if again else self._calls[name]
+        call = 0 if again else self._calls.of[name]
         if call >= len(maps):
             raise RuntimeError(
                 f"{name!r} was called {call + 1} times in one forward but {len(maps)} times in the target pass "
@@ -462,6 +508,9 @@ def attach(
     if not isinstance(check_finite, bool):
         raise TypeError(f"check_finite={check_finite!r}: must be True or False")
     names = choose_layers(model, layers, after=after, every=every)
+    for module in model.modules():  # of a copied part
+        for key in [key for key, hook in module._forward_hooks.items() if hook is _unshaped]:
+            del module._forward_hooks[key]
     p_zero = _p_zero_by_layer(mode, p_zero, names)
     chains, reasons = {}, {}
     if method == "replace":

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -284,7 +285,7 @@ class FusedBatchNorm2d(ShapedBatchNorm2d):
         if shaping is None:
             return nn.BatchNorm2d.forward(self, input)
         fusion, p_zero, mask, rng_state, inplace = shaping
-        fusion.waiting = False
+        fusion.now.waiting = False
         relu = fusion.relu is not None and not _is_watched(fusion.relu)
         y = self._shaped(input, p_zero, mask, rng_state, relu, inplace)
         if relu and not y.is_inference():
@@ -303,6 +304,13 @@ class PassingReLU(nn.ReLU):
         return super().forward(input)
 
 
+class _Now(threading.local):
+    """Where the forward of one thread is in a chain."""
+
+    owner_runs: bool | None = None  # whether the owner runs as traced; None: it does not run
+    waiting = False  # bn has not yet received the output that it should shape
+
+
 class Fusion:
     """One chain of a model, which runs as one op while its owner runs.
 
@@ -311,9 +319,15 @@ class Fusion:
 
     def __init__(self, name: str, conv: nn.Module, bn: nn.Module, relu: nn.Module | None):
         self.name, self.conv, self.bn, self.relu = name, conv, bn, relu
-        self.owner_runs: bool | None = None  # whether it runs as traced; None: it does not run
-        self.owner_ran = False  # the value of owner_runs when forward last called the convolution
-        self.waiting = False  # bn has not yet received the output that it should shape
+        self.now = _Now()
+        # The value of owner_runs when forward last called the convolution. Backward may run in another thread.
+        self.owner_ran = False
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "now"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, now=_Now())
 
     def start(self, gradient: str) -> None:
         """Change the classes of bn and relu. The module objects stay, with their state and hooks."""
@@ -338,11 +352,11 @@ class Fusion:
         Args:
             again: backward repeats the call. The owner may not run then, because a checkpoint may cover only a part of it.
         """
-        conv = self.conv
+        conv, owner_runs = self.conv, self.now.owner_runs
         if not again:
-            self.owner_ran = bool(self.owner_runs)
+            self.owner_ran = bool(owner_runs)
         return (
-            (self.owner_ran if self.owner_runs is None else self.owner_runs)
+            (self.owner_ran if again and owner_runs is None else owner_runs)
             and len(conv._forward_hooks) == 1
             and not (conv._backward_hooks or conv._backward_pre_hooks or _is_watched(self.bn))
             and not _has_any_global_hook()
@@ -358,19 +372,30 @@ class Fusion:
     ) -> None:
         """Let bn shape x."""
         setattr(x, _SHAPING, (self, p_zero, mask, rng_state, inplace))
-        self.waiting = True
+        self.now.waiting = True
 
 
 class Owner:
-    """The hooks on a module whose code calls chains. They tell the chains whether the module runs."""
+    """The hooks on a module whose code calls chains. They tell the chains whether the module runs.
 
-    def __init__(self, module: nn.Module, fusions: list[Fusion]):
-        self.fusions = fusions
+    Args:
+        model: the attached model. A copy of `module` without it has no chains.
+    """
+
+    def __init__(self, model: nn.Module, module: nn.Module, fusions: list[Fusion]):
+        self.model, self.fusions = model, fusions
         self.inputs = [
             name
             for name, parameter in inspect.signature(module.forward).parameters.items()
             if parameter.default is parameter.empty
         ]
+
+    def __deepcopy__(self, memo: dict) -> Owner:
+        copied = memo[id(self)] = object.__new__(Owner)
+        whole = id(self.model) in memo
+        state = vars(self) if whole else {"model": None, "fusions": [], "inputs": self.inputs}
+        vars(copied).update(copy.deepcopy(state, memo))
+        return copied
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # With other arguments than it was traced with, the owner may run other code. torch.compile needs lists here.
@@ -380,12 +405,12 @@ class Owner:
             [isinstance(t, CONSTANTS) for t in (*args, *kwargs.values())]
         )
         for fusion in self.fusions:
-            fusion.owner_runs, fusion.waiting = as_traced, False
+            fusion.now.owner_runs, fusion.now.waiting = as_traced, False
 
     def end(self, module: nn.Module, args: tuple, output) -> None:
         for fusion in self.fusions:
-            fusion.owner_runs = None
-            if fusion.waiting and output is not None:  # None: the owner raised
+            fusion.now.owner_runs = None
+            if fusion.now.waiting and output is not None:  # None: the owner raised
                 raise RuntimeError(
                     f"method='replace': the output of {fusion.name} did not reach its BatchNorm2d and is not shaped. If "
                     "nn.SyncBatchNorm.convert_sync_batchnorm or other code changed the model after attach, change it before, "

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -826,3 +827,117 @@ def test_check_finite_looks_at_recorded_maps(mode):
 def test_check_finite_is_true_or_false():
     with pytest.raises(TypeError, match="check_finite='yes': must be True or False"):
         attach(nn.Sequential(nn.Conv2d(1, 1, 1)), 1, p_zero=0.5, check_finite="yes")
+
+
+# --- threads ---
+
+
+def in_threads(count, act):
+    """`act(k)` in `count` threads that start together. Raises what one of them raises."""
+    start = threading.Barrier(count)
+
+    def wait_and_act(k):
+        start.wait()
+        return act(k)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(wait_and_act, range(count)))
+
+
+def blocks(n=3):
+    torch.manual_seed(0)
+    layers = [
+        nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(n)
+    ]
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("method", ["hooks", "replace"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_threads_share_an_attached_model(method, grad):
+    """Each forward is that of one thread alone, and every call is counted."""
+    model = blocks().eval()  # so that the running statistics stay
+    inputs = torch.randn(8, 2, 4, 9, 9)
+    with attach(model, "all", mode="target", at_eval="on", method=method) as attachment:
+        attachment.record(torch.randn(2, 4, 9, 9))
+        expected = [model(x) for x in inputs]
+        attachment.fired = dict.fromkeys(attachment.names, 0)
+
+        def act(k):
+            with torch.set_grad_enabled(grad):
+                return all(model(inputs[k]).equal(expected[k]) for _ in range(40))
+
+        assert all(in_threads(8, act))
+        assert set(attachment.fired.values()) == {320}
+
+
+@pytest.mark.parametrize("method", ["hooks", "replace"])
+def test_a_forward_in_another_thread_must_wait_for_a_record(method):
+    """The record changes the modes of all modules, and its end is a private exception."""
+    model, x = blocks(), torch.randn(2, 4, 9, 9)
+    attachment = attach(model, "all", mode="target", method=method)
+    entered, go_on = threading.Event(), threading.Event()
+
+    def pause(*_):
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            go_on.wait(10)
+
+    handle = model[1][2].register_forward_hook(pause)
+    with ThreadPoolExecutor(1) as pool:
+        recording = pool.submit(attachment.record, x)
+        assert entered.wait(10)
+        for act in (lambda: model(x), lambda: model[1](x), lambda: attachment.record(x)):
+            with pytest.raises(RuntimeError, match="attachment.record runs in another thread"):
+                act()
+        go_on.set()
+        recording.result()
+    handle.remove()
+    assert model.training and model(x).shape == x.shape
+    assert {name: len(maps) for name, maps in attachment._recorded.items()} == dict.fromkeys(
+        attachment.names, 1
+    )
+
+
+@pytest.mark.parametrize("mode", ["target", "product"])
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_a_record_serves_training_whatever_mode_it_was_made_in(mode, context):
+    model, x = blocks(), torch.randn(2, 4, 9, 9)
+    attachment = attach(model, [1, 3], mode=mode)
+    with context():
+        attachment.record(x)
+    model(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- copies of parts ---
+
+
+@pytest.mark.parametrize("method", ["hooks", "replace"])
+def test_a_copied_part_is_unshaped_and_lets_go_of_the_model(method):
+    model, x = blocks(), torch.randn(2, 4, 9, 9)
+    plain = copy.deepcopy(model[1])
+    attachment = attach(model, "all", p_zero=0.5, method=method)
+    part = copy.deepcopy(model[1])
+    assert part(x).equal(plain(x)) and not part(x).equal(model[1](x))
+    fired = dict(attachment.fired)
+    part(x)
+    assert attachment.fired == fired
+    whole = sum(p.numel() for p in model.parameters())
+    assert len(pickle.dumps(part)) < len(pickle.dumps(plain)) + whole  # a float has four bytes
+    with attach(part, "all", mode="binarize") as own:
+        part(x)
+        assert own.fired == {"0": 1}
+    assert part(x).equal(plain(x))
+    attachment.remove()
+
+
+def test_a_part_of_a_copied_model_is_shaped_by_the_attachment_of_the_copy():
+    model, x = blocks(), torch.randn(2, 4, 9, 9)
+    attach(model, "all", p_zero=0.5)
+    wrapper = copy.deepcopy(nn.ModuleDict({"net": model}))["net"]
+    (own,) = fastshape.attachments(wrapper)
+    wrapper(x)
+    assert own.fired == {"0.0": 1, "1.0": 1, "2.0": 1}
+    (others,) = fastshape.attachments(model)
+    assert others.fired == {"0.0": 0, "1.0": 0, "2.0": 0}
