@@ -8,6 +8,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -547,7 +548,8 @@ def _p_zero_by_layer(
         return {}
     if p_zero is None:
         raise ValueError("p_zero: mode 'random' needs a probability in [0, 1)")
-    values = list(p_zero) if isinstance(p_zero, Sequence) else [p_zero] * len(names)
+    one = isinstance(p_zero, Real) or not isinstance(p_zero, Iterable)
+    values = [p_zero] * len(names) if one else list(p_zero)
     if len(values) != len(names):
         raise ValueError(
             f"p_zero: {len(values)} values for {len(names)} layers; give one value, or one per layer"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,7 @@ def checked_p_zero(p_zero: float) -> float:
         TypeError: p_zero is not a number.
         ValueError: p_zero is outside [0, 1) or NaN.
     """
-    if isinstance(p_zero, bool) or not isinstance(p_zero, (int, float)):
+    if isinstance(p_zero, bool) or not isinstance(p_zero, Real):  # numpy's numbers too
         raise TypeError(f"p_zero={p_zero!r}: must be a number in [0, 1)")
     if not 0 <= p_zero < 1:
         raise ValueError(f"p_zero={p_zero}: must be in [0, 1); 1 would drop everything")

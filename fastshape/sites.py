@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 from torch import nn
 
@@ -39,11 +40,9 @@ def _by_number(number: int, candidates: Sequence[str], kind: str) -> str:
     return candidates[number - 1]
 
 
-def _by_name(
-    text: str, modules: dict[str, nn.Module], candidates: Sequence[str], kind: str
-) -> list[str]:
+def _by_name(text: str, modules: dict[str, str], candidates: Sequence[str], kind: str) -> list[str]:
     if text and text in modules:
-        return [text]
+        return [modules[text]]
     if any(sign in text for sign in "*?["):
         matches = [name for name in candidates if fnmatch.fnmatchcase(name, text)]
         if matches:
@@ -75,21 +74,23 @@ def choose_layers(
         TypeError: an entry is neither int nor str.
     """
     candidates = modules_of_kind(model, after)
-    modules = dict(model.named_modules())
+    # A module that has several names goes by its first.
+    first_names = {module: name for name, module in model.named_modules()}
+    modules = {n: first_names[m] for n, m in model.named_modules(remove_duplicate=False)}
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every={every!r}: must be an int of at least 1")
-    if not isinstance(layers, (int, str, Iterable)):
+    if not isinstance(layers, (Integral, str, Iterable)):
         raise TypeError(
             f"layers={layers!r}: must be numbers, names, patterns, a list of these, or 'all'"
         )
-    entries = [layers] if isinstance(layers, (int, str)) else list(layers)
+    entries = [layers] if isinstance(layers, (Integral, str)) else list(layers)
     result: list[str] = []
     for entry in entries:
-        if isinstance(entry, bool) or not isinstance(entry, (int, str)):
+        if isinstance(entry, bool) or not isinstance(entry, (Integral, str)):
             raise TypeError(f"layers: {entry!r} is neither a number, a name nor a pattern")
         if entry == "all":
             names = candidates
-        elif isinstance(entry, int):
+        elif isinstance(entry, Integral):  # numpy's numbers too
             names = [_by_number(entry, candidates, after)]
         else:
             names = _by_name(entry, modules, candidates, after)

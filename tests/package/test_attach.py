@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -941,3 +942,33 @@ def test_a_part_of_a_copied_model_is_shaped_by_the_attachment_of_the_copy():
     assert own.fired == {"0.0": 1, "1.0": 1, "2.0": 1}
     (others,) = fastshape.attachments(model)
     assert others.fired == {"0.0": 0, "1.0": 0, "2.0": 0}
+
+
+# --- numbers of numpy, and several names ---
+
+
+def test_numbers_and_arrays_of_numpy_are_numbers():
+    model = blocks()
+    for layers, p_zero in (
+        (np.int64(2), np.float32(0.5)),
+        (np.array([1, 3]), np.array([0.25, 0.5])),
+        (range(1, 4), np.float16(0.5)),
+    ):
+        with attach(model, layers, p_zero=p_zero) as attachment:
+            rates = np.broadcast_to(p_zero, len(attachment.names))
+            assert list(attachment.p_zero.values()) == rates.tolist()
+            assert set(map(type, attachment.p_zero.values())) == {float}
+    with pytest.raises(TypeError, match="layers: np.float64"):
+        attach(model, [np.float64(1)], p_zero=0.5)
+    with pytest.raises(TypeError, match="layers: np.True_"):
+        attach(model, [np.bool_(True)], p_zero=0.5)
+
+
+def test_a_module_is_found_under_each_of_its_names():
+    model = nn.Module()
+    model.a = nn.Conv2d(1, 8, 1)
+    model.b = model.a
+    with attach(model, "b", p_zero=0.5) as attachment:
+        assert attachment.names == ("a",)
+    with pytest.raises(ValueError, match=r"layers: 'a' is named twice \(again by 'b'\)"):
+        attach(model, ["a", "b"], p_zero=0.5)
