@@ -36,7 +36,7 @@ class Screen:
         """Yields a function `advance(images)`. Shows images, images/s and the time left."""
         if self.console.is_terminal:
             bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]:.0f} images/s, left"),

@@ -1,7 +1,8 @@
 """What experiments ask of a data set; and any folder `<domain>/<class>/<image>` as a data set.
 
 Images become RGB squares of 8 bits once, in a cache folder (see `image_files`). A digest of the files of a
-domain names what is in the cache, so exchanged or re-encoded images are other data.
+domain names what is in the cache, so exchanged or re-encoded images are other data; the decoder is in the
+name too. Whatever lies in the folder and is not read is a stray: it is named, and counted.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from domainshift.data.image_files import CONVERSION, SUFFIXES, common_side, decode
+from domainshift.data.image_files import DECODER, SUFFIXES, common_side, decode
 from domainshift.data.images import Domain
 from domainshift.errors import DataError
 from domainshift.files import replacing
@@ -25,6 +28,7 @@ from domainshift.progress import Screen
 
 DATA_FOLDER = Path(__file__).resolve().parents[3] / "data"  # of the repository
 SYSTEM_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
+DIGEST = 1  # number of the way in which `content_digest` is made: records hold its digests
 
 
 class DataSet:
@@ -69,7 +73,10 @@ class DataSet:
         return tuple(n if limit is None else min(n, limit) for n in self._sizes(domain))
 
     def digest(self, domain: str, limit: int | None = None) -> str:
-        """SHA-256, in hex, of what decides the pixels and labels of `load`. Raises DataError like it."""
+        """SHA-256, in hex, of what decides the pixels and labels of `load`, but for the decoder's version.
+
+        Raises DataError like `load`.
+        """
         return self._digest(*self._selection(domain, limit))
 
     def official_counts(self, domain: str) -> tuple[int, ...] | None:
@@ -105,8 +112,7 @@ class DataSet:
 class Folder(DataSet):
     """A folder `<root>/<domain>/<class>/<image>`.
 
-    Hidden and system files are ignored. So are folders below `root` that hold no folder. Other files
-    that are not images are ignored with a remark.
+    Whatever is no image of a class is ignored with a remark: `strays` has it all (see `find_strays`).
 
     Args:
         root: the folder that holds the domains.
@@ -137,20 +143,18 @@ class Folder(DataSet):
             domain: [] for domain in self.domains
         }  # by class
         self._stored: dict[tuple[str, int | None], tuple[int, str]] = {}
-        strays = []
         for domain, by_class in self._files.items():
-            strays += [f"{domain}/{other}" for other in other_files(root / domain)]
             for class_name in self.classes:
-                images, others = class_files(root / domain / class_name)
+                folder = root / domain / class_name
+                images = class_files(folder)
                 if not images:
-                    folder = root / domain / class_name
-                    raise DataError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+                    what = f"{folder} holds no image ({', '.join(SUFFIXES)})"
+                    raise DataError(what + besides(root, self.domains))
                 by_class.append(images)
-                strays += [f"{domain}/{class_name}/{other}" for other in others]
-        if strays:
-            self.remarks = (
-                f"{self.name}: ignored {len(strays)} file(s) that are not images: {listing(strays)}",
-            )
+        self.strays = find_strays(root, self.domains)
+        if self.strays:
+            command = f"python experiments/data.py verify {shlex.quote(str(root))}"
+            self.remarks = (f"{self.name}: {ignored(self.strays)}; to see all: {command}",)
 
     def paths(self, domain: str, limit: int | None = None) -> list[Path]:
         """The image files of a domain, class by class."""
@@ -180,7 +184,8 @@ class Folder(DataSet):
         if (domain, limit) in self._stored:
             return self._stored[domain, limit]
         paths, folder = self.paths(domain), self.root / domain
-        stamp = hashlib.sha256(f"{CONVERSION} {limit} {self.side} {folder.resolve()}\n".encode())
+        stamp = hashlib.sha256(f"{DIGEST} {limit} {self.side} ".encode())
+        stamp.update(os.fsencode(folder.resolve()) + b"\n")
         for path in paths:
             stamp.update(file_stamp(path).encode())
         memo = self.cache / f"{domain}-{stamp.hexdigest()[:32]}.digest"
@@ -198,7 +203,8 @@ class Folder(DataSet):
         side, digest = self._side_and_digest(domain, limit)
         paths = self.paths(domain, limit)
         shape = (len(paths), side, side, 3)
-        cached = self.cache / f"{domain}-{len(paths)}-{digest[:16]}.npy"
+        key = hashlib.sha256(f"{digest} {DECODER}".encode()).hexdigest()
+        cached = self.cache / f"{domain}-{len(paths)}-{key[:16]}.npy"
         images = open_cache(cached, shape)
         if images is None:
             self._write_cache(cached, self._converted(domain, paths, side, cached))
@@ -278,7 +284,7 @@ def has_domains(root: Path) -> bool:
     folders = (
         root / domain / name for domain in subfolders(root) for name in subfolders(root / domain)
     )
-    return any(class_files(folder)[0] for folder in folders)
+    return any(class_files(folder) for folder in folders)
 
 
 def domain_folders(root: Path) -> list[str]:
@@ -292,7 +298,8 @@ def common_classes(root: Path, domains: Sequence[str]) -> tuple[str, ...]:
     Raises DataError for fewer than two domains, or for classes that differ between them.
     """
     if len(domains) < 2:
-        raise DataError(f"{root} has one domain, {', '.join(domains)}; at least two are needed")
+        what = f"{root} has one domain, {', '.join(domains)}; at least two are needed"
+        raise DataError(what + besides(root, domains))
     classes = {domain: set(subfolders(root / domain)) for domain in domains}
     union = set().union(*classes.values())
     differences = [
@@ -301,7 +308,8 @@ def common_classes(root: Path, domains: Sequence[str]) -> tuple[str, ...]:
         if names != union
     ]
     if differences:
-        raise DataError(f"{root}: the classes differ between domains: {'; '.join(differences)}")
+        what = f"{root}: the classes differ between domains: {'; '.join(differences)}"
+        raise DataError(what + besides(root, domains))
     return tuple(sorted(union))
 
 
@@ -312,30 +320,150 @@ def listing(names: Sequence[str]) -> str:
 
 
 def entries(folder: Path) -> list[os.DirEntry]:
-    """What lies in a folder, in the order of names, less hidden and system files. Raises DataError."""
+    """What lies in a folder, in the order of names. Raises DataError."""
     try:
         with os.scandir(folder) as scan:
-            visible = [e for e in scan if e.name[0] != "." and e.name.lower() not in SYSTEM_NAMES]
+            return sorted(scan, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"cannot read folder {folder}: {error.strerror}") from error
-    return sorted(visible, key=lambda entry: entry.name)
 
 
 def subfolders(folder: Path) -> list[str]:
-    return [entry.name for entry in entries(folder) if entry.is_dir()]
+    """The folders in a folder that can be domains or classes."""
+    return [entry.name for entry in entries(folder) if is_proper_folder(entry)]
 
 
-def other_files(folder: Path) -> list[str]:
-    return [entry.name for entry in entries(folder) if not entry.is_dir()]
+def class_files(folder: Path) -> list[str]:
+    """The images in the folder of a class."""
+    return [entry.name for entry in entries(folder) if is_image(entry)]
 
 
-def class_files(folder: Path) -> tuple[list[str], list[str]]:
-    """The images of a class, and whatever else lies in its folder."""
-    images, others = [], []
-    for entry in entries(folder):
-        is_image = entry.name.lower().endswith(SUFFIXES) and entry.is_file()
-        (images if is_image else others).append(entry.name)
-    return images, others
+def is_image(entry: os.DirEntry) -> bool:
+    return looks_like_image(entry.name) and is_utf8(entry.name) and is_file(entry)
+
+
+def is_proper_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder of data: not a hidden one, a system's, or one with a misspelt name."""
+    name = entry.name
+    return not of_system(name) and is_utf8(name) and name == name.strip() and is_folder(entry)
+
+
+def is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link in a circle, or to where we may not look
+        return False
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def looks_like_image(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
+    return name.lower().endswith(suffixes) and not of_system(name)
+
+
+def of_system(name: str) -> bool:
+    """Whether a name is that of a hidden file, or of one that a system leaves in folders."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a name or path has a meaning as text: Python has stand-ins for bytes without one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# --- strays -----------------------------------------------------------------------------------
+
+FOLDER, BROKEN_LINK, NOT_UTF8 = "folder", "broken link", "name not in UTF-8"
+IN_NO_CLASS, OTHER_FORMAT = "image in no class", "image in another format"
+OF_SYSTEM, OTHER = "hidden or system entry", "other file"
+OTHER_SUFFIXES = (".avif", ".gif", ".heic", ".jfif", ".jp2", ".ppm", ".tif", ".tiff")
+
+
+class Stray(NamedTuple):
+    """Something in a data set that is ignored.
+
+    path: below the root of the data set, with slashes
+    kind: one of the names above
+    images: image files that are ignored with it, by their suffixes
+    """
+
+    path: str
+    kind: str
+    images: int
+
+
+def find_strays(root: Path, domains: Sequence[str]) -> list[Stray]:
+    """What lies in `root` and is no image of a class of `domains`.
+
+    Lists and documents may lie beside the domains. Only images, folders with images, folders of a
+    system and broken links are strays there, and hidden entries are none.
+
+    Raises DataError for a folder that cannot be read.
+    """
+    strays = []
+    for entry in entries(root):
+        if entry.name in domains or entry.name.startswith("."):
+            continue
+        stray, odd = stray_of(root, entry), is_folder(entry) and not is_proper_folder(entry)
+        if stray.images or stray.kind == BROKEN_LINK or odd:
+            strays.append(stray)
+    for domain in domains:
+        for entry in entries(root / domain):
+            if is_proper_folder(entry):
+                others = [e for e in entries(Path(entry.path)) if not is_image(e)]
+                strays += [stray_of(root, other) for other in others]
+            else:
+                strays.append(stray_of(root, entry))
+    return strays
+
+
+def stray_of(root: Path, entry: os.DirEntry) -> Stray:
+    name = entry.name
+    if of_system(name):
+        kind = OF_SYSTEM
+    elif not is_utf8(name):
+        kind = NOT_UTF8
+    elif is_folder(entry):
+        kind = FOLDER
+    elif not is_file(entry):
+        kind = BROKEN_LINK
+    elif looks_like_image(name):
+        kind = IN_NO_CLASS
+    else:
+        kind = OTHER_FORMAT if looks_like_image(name, OTHER_SUFFIXES) else OTHER
+    files = names_below(entry.path) if is_folder(entry) else [name]
+    images = sum(looks_like_image(file, SUFFIXES + OTHER_SUFFIXES) for file in files)
+    return Stray(Path(entry.path).relative_to(root).as_posix(), kind, images)
+
+
+def names_below(folder: str) -> Iterator[str]:
+    """The names of the files in a folder, at any depth."""
+    return (name for _, _, files in os.walk(folder) for name in files)
+
+
+def ignored(strays: Sequence[Stray]) -> str:
+    """One line: how many strays of each kind, how many images, and the first names."""
+    counts = Counter(stray.kind for stray in strays)
+    kinds = ", ".join(f"{kind}: {n}" for kind, n in counts.items())
+    images = sum(stray.images for stray in strays)
+    what = f"{len(strays)} {'entry' if len(strays) == 1 else 'entries'}"
+    what += f" with {images} {'image' if images == 1 else 'images'}"
+    return f"ignored {what} ({kinds}): {listing([repr(stray.path) for stray in strays])}"
+
+
+def besides(root: Path, domains: Sequence[str]) -> str:
+    """The end of an error's message: the strays, one of which may be what is missing."""
+    strays = find_strays(root, domains)
+    return f"; {ignored(strays)}" if strays else ""
 
 
 # --- the cache ------------------------------------------------------------------------------
@@ -354,7 +482,7 @@ def file_stamp(path: Path) -> str:
 
 def content_digest(folder: Path, paths: Sequence[Path], side: int) -> str:
     """SHA-256, in hex, of the names and bytes of files and of the side that they are converted to."""
-    digest = hashlib.sha256(f"{CONVERSION} {side}\n".encode())
+    digest = hashlib.sha256(f"{DIGEST} {side}\n".encode())
     with Screen().progress(f"reading {folder.name}", len(paths)) as advance:
         for path in paths:
             try:

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from domainshift.data.folder import DATA_FOLDER, Folder, class_files, subfolders
+from domainshift.data.folder import (
+    DATA_FOLDER,
+    Folder,
+    Stray,
+    class_files,
+    find_strays,
+    is_utf8,
+    subfolders,
+)
 from domainshift.errors import DataError
 
 NAME = "PACS"
@@ -71,6 +79,8 @@ def likely_root(path: Path) -> Path:
         raise DataError(
             f"data: {str(path)!r} is not a folder; allowed: toy, or a folder of domains"
         )
+    if not is_utf8(f"{path}{path.resolve()}"):  # both go into records, which are text
+        raise DataError(f"data: {str(path)!r} is not allowed; allowed: a path in UTF-8")
     places = [path, *(path / name for name in ROOT_NAMES)]
     places += [path / a / b for a, b in itertools.product(ROOT_NAMES, ROOT_NAMES)]
     return min((place for place in places if place.is_dir()), key=lambda p: len(missing_domains(p)))
@@ -87,6 +97,7 @@ class Comparison(NamedTuple):
     """How a folder differs from the official data set."""
 
     images: dict[tuple[str, str], list[Path]]  # by domain and class
+    strays: list[Stray]
     problems: list[str]  # a sentence each
     usable: bool  # whether a run can read the folder: all domains and classes, and no other class
 
@@ -102,15 +113,15 @@ def compare(root: Path) -> Comparison:
         problems += [f"{root / domain / other}: not a class of {NAME}" for other in others]
         for class_name, official in zip(CLASSES, OFFICIAL_COUNTS[domain], strict=True):
             folder = root / domain / class_name
-            files, strays = class_files(folder) if class_name in names else ([], [])
+            files = class_files(folder) if class_name in names else []
             images[domain, class_name] = [folder / file for file in files]
-            problems += [f"{folder / stray}: not an image, so it is ignored" for stray in strays]
             if class_name not in names and domain not in missing:
                 problems.append(f"{folder}: the class folder is missing")
             elif class_name in names and len(files) != official:
                 problems.append(f"{folder}: {len(files)} images, officially {official}")
             usable = usable and bool(files) and not others
-    return Comparison(images, problems, usable)
+    strays = find_strays(root, [domain for domain in DOMAINS if domain not in missing])
+    return Comparison(images, strays, problems, usable)
 
 
 def official_lists(root: Path) -> list[Path]:
@@ -124,9 +135,10 @@ def official_lists(root: Path) -> list[Path]:
 
 
 def list_problems(root: Path, path: Path) -> Iterator[str]:
-    """Where a list disagrees with the folder. Its lines: `art_painting/dog/pic_001.jpg 1`."""
+    """Where a list disagrees with the folder or its own name. Lines: `art_painting/dog/pic_001.jpg 1`."""
     rows: list[tuple[str, str, str, int]] = []  # where, file, class, label
-    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
+    own = next(domain for domain in DOMAINS if path.name.startswith(f"{domain}_"))
+    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -138,6 +150,8 @@ def list_problems(root: Path, path: Path) -> Iterator[str]:
         elif parts[0] not in DOMAINS or parts[1] not in CLASSES:
             yield f"{where}: unknown domain or class in {name}"
         else:
+            if parts[0] != own:
+                yield f"{where}: {'/'.join(parts)} is not of {own}, the domain of the list"
             rows.append((where, "/".join(parts), parts[1], int(label)))
 
     # the official lists count from 1 and some copies from 0: whichever more of the lines agree with

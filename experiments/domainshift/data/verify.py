@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from domainshift.data import open_data, pacs
+from domainshift.data.folder import BROKEN_LINK, OF_SYSTEM, Stray, ignored
 from domainshift.data.image_files import decode, read_image
 from domainshift.errors import DataError
 from domainshift.progress import Screen
@@ -39,21 +40,21 @@ def verify_folder(path: Path, screen: Screen) -> list[str]:
     screen.console.print(
         table(title, data.domains, data.classes, lambda d, c: counts[d][data.classes.index(c)])
     )
-    for remark in data.remarks:
-        screen.warn(remark)
-    problems = unreadable([p for domain in data.domains for p in data.paths(domain)], None, screen)
-    if not problems:
-        screen.say("all right: every image is readable")
+    lost = say_strays(data.root, data.strays, screen)
+    broken = unreadable([p for domain in data.domains for p in data.paths(domain)], None, screen)
+    if not broken:
+        screen.say(("" if lost else "all right: ") + "every image is readable")
         sides = [f"{domain} {data.stored_side(domain)}" for domain in data.domains]
         screen.say(f"pixels of a side, as they are stored: {', '.join(sides)}")
-    return problems
+    return lost + broken
 
 
 def verify_pacs(root: Path, screen: Screen) -> list[str]:
-    images, problems, usable = pacs.compare(root)
+    images, strays, problems, usable = pacs.compare(root)
     broken = unreadable([path for files in images.values() for path in files], pacs.SIDE, screen)
     lists = pacs.official_lists(root)
     problems += broken + [problem for path in lists for problem in pacs.list_problems(root, path)]
+    problems += say_strays(root, strays, screen)
 
     official = {
         (domain, name): count
@@ -82,6 +83,20 @@ def verify_pacs(root: Path, screen: Screen) -> list[str]:
         )
     else:
         screen.say("not usable as it is")
+    return problems
+
+
+def say_strays(root: Path, strays: Sequence[Stray], screen: Screen) -> list[str]:
+    """Print every stray. Returns a problem for each that may have been meant as images of the data set."""
+    if strays:
+        screen.warn(ignored(strays))
+    problems = []
+    for path, kind, images in strays:
+        line = f"{str(root / path)!r} is ignored: {kind}" + f", images: {images}" * bool(images)
+        if kind == BROKEN_LINK or (images and kind != OF_SYSTEM):
+            problems.append(line)
+        else:
+            screen.say(line)
     return problems
 
 

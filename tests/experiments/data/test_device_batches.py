@@ -1,6 +1,7 @@
 """The pipeline on the device makes the reference's training and test images, a batch at a time."""
 
 import gc
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from domainshift.data import open_data
 from domainshift.data.device import DeviceBatches, crops, loader, resized, taps
 from domainshift.data.images import (
     LabelledImages,
+    ShuffledImages,
     UnlabelledImages,
     test_transform,
     train_transform,
@@ -240,6 +242,34 @@ def test_both_pipelines_obey_the_memory_format(toy, pipeline, workers, memory_fo
         assert images.is_contiguous(memory_format=memory_format)
         expected = [dataset.transform(Image.fromarray(toy.images[i])) for i in part]
         assert torch.equal(images, torch.stack(expected))
+
+
+@pytest.fixture
+def spawn():
+    """Workers get what they need pickled, as on macOS, on Windows and from Python 3.14 on."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_spawned_workers_make_the_same_batches(tiny_pacs, cache, spawn):
+    images = open_data(tiny_pacs, cache).load("photo").images
+    dataset = ShuffledImages(images, range(14), train_transform(32), seed=1, epoch=2)
+    here, there = (
+        loader(
+            dataset,
+            parts_of(dataset),
+            pipeline="reference",
+            device=CPU,
+            workers=workers,
+            memory_format=torch.channels_last,
+        )
+        for workers in (0, 2)
+    )
+    for batch, other in zip(here, there, strict=True):
+        assert other.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch, other)
 
 
 @pytest.mark.parametrize("pipeline", ["reference", "device"])

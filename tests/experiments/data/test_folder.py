@@ -1,5 +1,6 @@
 """Any folder <domain>/<class>/<image> is a data set."""
 
+import os
 import shutil
 
 import numpy as np
@@ -211,7 +212,7 @@ def test_suffixes_in_any_case(office, cache):
     assert open_data(office, cache).load("Art").files[6:8] == ("Mug/00001.JPG", "Mug/00002.Jpeg")
 
 
-def test_hidden_and_system_files_are_ignored(office, cache):
+def test_hidden_and_system_files_are_ignored_and_named(office, cache):
     mug = office / "Art" / "Mug"
     for folder in (office / ".git", office / "__MACOSX" / "Art", office / "Art" / "@eaDir"):
         folder.mkdir(parents=True)
@@ -220,7 +221,13 @@ def test_hidden_and_system_files_are_ignored(office, cache):
         (mug / name).write_bytes(b"left by a file manager")
     data = open_data(office, cache)
     assert data.domains == OFFICE_DOMAINS and data.classes == OFFICE_CLASSES
-    assert data.counts("Art") == (2,) * 5 and data.remarks == ()
+    assert data.counts("Art") == (2,) * 5
+    assert [stray.path for stray in data.strays] == [
+        "__MACOSX", "Art/@eaDir", "Art/Mug/.DS_Store", "Art/Mug/._00001.jpg",
+        "Art/Mug/Desktop.ini", "Art/Mug/Thumbs.db", "Art/Mug/desktop.ini",
+    ]  # fmt: skip
+    assert {stray.kind for stray in data.strays} == {"hidden or system entry"}
+    assert [stray.images for stray in data.strays] == [1, 1, 0, 0, 0, 0, 0]
 
 
 def test_other_files_are_counted_and_named_once(office, cache):
@@ -230,6 +237,118 @@ def test_other_files_are_counted_and_named_once(office, cache):
     (office / "Art" / "list.csv").write_text("not an image")
     (remark,) = open_data(office, cache).remarks
     assert remark == (
-        "OfficeHome: ignored 7 file(s) that are not images: Art/list.csv, Art/Mug/more, "
-        "Art/Mug/note0.txt, Art/Mug/note1.txt, Art/Mug/note2.txt and 2 more"
+        "OfficeHome: ignored 7 entries with 0 images (folder: 1, other file: 6): 'Art/Mug/more', "
+        "'Art/Mug/note0.txt', 'Art/Mug/note1.txt', 'Art/Mug/note2.txt', 'Art/Mug/note3.txt' and 2 "
+        f"more; to see all: python experiments/data.py verify {office}"
     )
+
+
+def strays_of(root, cache):
+    """Each stray of a data set, and what is said of it."""
+    data = open_data(root, cache)
+    assert data.counts(data.domains[0]) == (2,) * len(data.classes)
+    data.digest(data.domains[0])
+    return {path: (kind, images) for path, kind, images in data.strays}
+
+
+def test_a_data_set_without_strays_says_nothing(office, cache):
+    assert strays_of(office, cache) == {} and open_data(office, cache).remarks == ()
+
+
+def test_links_that_lead_nowhere(office, cache):
+    for place in ("Gone", "Art/Zebra", "Art/Mug/00003.jpg"):
+        (office / place).symlink_to("/nowhere/at/all")
+    (office / "Art" / "Mug" / "circle.png").symlink_to("circle.png")
+    (office / "Art" / "Mug" / "whole.jpg").symlink_to(office / "Art" / "Mug" / "00001.jpg")
+    (office / "Art" / "Mug" / "00002.jpg").unlink()
+    assert strays_of(office, cache) == {
+        "Gone": ("broken link", 0),
+        "Art/Zebra": ("broken link", 0),
+        "Art/Mug/00003.jpg": ("broken link", 1),
+        "Art/Mug/circle.png": ("broken link", 1),
+    }
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [("Mug ", "folder"), (" Mug", "folder"), ("__MACOSX", "hidden or system entry"),
+     ("@eaDir", "hidden or system entry"), (".cut", "hidden or system entry")],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["Art", "Art/Mug"])
+def test_stray_folders_are_named_with_their_images(office, cache, name, kind, place):
+    shutil.copytree(office / "Art" / "Bed", office / place / name / "deeper")
+    data = open_data(office, cache)
+    assert data.classes == OFFICE_CLASSES
+    assert strays_of(office, cache) == {f"{place}/{name}": (kind, 2)}
+    assert f"ignored 1 entry with 2 images ({kind}: 1): '{place}/{name}'; to" in data.remarks[0]
+
+
+def test_images_in_subfolders_of_a_class_and_in_no_class(office, cache):
+    shutil.copytree(office / "Art" / "Bed", office / "Art" / "Mug" / "a" / "b")
+    for place in (office, office / "Art"):
+        picture(1).save(place / "cover.png")
+    picture(1).save(office / "Art" / "Mug" / "moving.gif")
+    assert strays_of(office, cache) == {
+        "cover.png": ("image in no class", 1),
+        "Art/cover.png": ("image in no class", 1),
+        "Art/Mug/a": ("folder", 2),
+        "Art/Mug/moving.gif": ("image in another format", 1),
+    }
+
+
+def test_images_beside_the_domains(office, cache):
+    """Folders without classes hold lists and documents, or images that no run reads."""
+    shutil.copytree(office / "Art" / "Bed", office / "flat")
+    (office / "documents").mkdir()
+    (office / "documents" / "licence.txt").write_text("free")
+    (office / ".git" / "deep").mkdir(parents=True)
+    (office / "__MACOSX").mkdir()
+    assert strays_of(office, cache) == {
+        "__MACOSX": ("hidden or system entry", 0),
+        "flat": ("folder", 2),
+    }
+
+
+def named_in_latin_1(path):
+    """A file or folder, under a name with a byte that UTF-8 does not have."""
+    name = os.fsdecode(b"caf\xe9" + path.suffix.encode())
+    try:
+        return path.rename(path.with_name(name))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+
+
+def test_names_that_are_not_utf8(office, cache):
+    shutil.copytree(office / "Art" / "Bed", office / "Art" / "Sofa")
+    named_in_latin_1(office / "Art" / "Sofa")
+    shutil.copy(office / "Art" / "Mug" / "00001.jpg", office / "Art" / "Mug" / "00003.jpg")
+    named_in_latin_1(office / "Art" / "Mug" / "00003.jpg")
+    assert strays_of(office, cache) == {
+        "Art/Mug/caf\udce9.jpg": ("name not in UTF-8", 1),
+        "Art/caf\udce9": ("name not in UTF-8", 2),
+    }
+    (remark,) = open_data(office, cache).remarks
+    assert remark.isprintable() and r"'Art/caf\udce9'" in remark
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_data_set_whose_own_name_is_not_utf8(office, cache, linked):
+    root = named_in_latin_1(office)
+    if linked:
+        office.symlink_to(root)
+        root = office
+    with pytest.raises(DataError, match=r"^data: .* is not allowed; allowed: a path in UTF-8$"):
+        open_data(root, cache)
+
+
+def test_strays_are_named_where_something_is_missing(office, cache):
+    (office / "Art" / "Mug").rename(office / "Art" / "Mug ")
+    with pytest.raises(DataError, match=r"Art has no Mug; ignored 1 entry with 2 .*'Art/Mug '$"):
+        open_data(office, cache)
+    (office / "Art" / "Mug").mkdir()
+    with pytest.raises(DataError, match=r"Art/Mug holds no image .*; ignored .*'Art/Mug '$"):
+        open_data(office, cache)
+    for domain in OFFICE_DOMAINS[1:]:
+        (office / domain).rename(office / f"{domain} ")
+    with pytest.raises(DataError, match=r"one domain, Art; at least two .*; ignored .*'Clipart '"):
+        open_data(office, cache)

@@ -1,6 +1,8 @@
 """Images of every kind are read right, or named."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from made_folders import make_squares, picture
 from PIL import Image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
+GREY, COLOURS, COLOURS_WITH_ALPHA = 0, 2, 6  # as PNG numbers them
 
 
 def saved(tmp_path, image, suffix="png", **options):
@@ -21,6 +24,25 @@ def saved(tmp_path, image, suffix="png", **options):
 
 def pixels_of(path):
     return np.asarray(read_image(path))
+
+
+def png(path, depth, colour, row, *chunks):
+    """A PNG of one row of pixels. Pillow writes no grey of 2 or 4 bits, nor colours of 16."""
+
+    def chunk(name, content):
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    channels = {GREY: 1, COLOURS: 3, COLOURS_WITH_ALPHA: 4}[colour]
+    header = struct.pack(">IIBBBBB", 8 * len(row) // depth // channels, 1, depth, colour, 0, 0, 0)
+    content = (b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in content))
+    return path
+
+
+def words(*values):
+    """Numbers of 16 bits as PNG has them."""
+    return struct.pack(f">{len(values)}H", *values)
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "png", "webp"])
@@ -63,6 +85,37 @@ def test_grey_of_16_bits_in_a_wider_mode():
     assert np.asarray(as_rgb(image))[0, :, 0].tolist() == [0, 1, 255]
 
 
+def test_colours_of_16_bits_are_scaled_not_clipped(tmp_path):
+    row = words(0, 257, 32896, 65535, 514, 128 * 257)
+    pixels = pixels_of(png(tmp_path / "image.png", 16, COLOURS, row))
+    assert pixels.tolist() == [[[0, 1, 128], [255, 2, 128]]]
+
+
+def test_alpha_of_16_bits_is_laid_on_white(tmp_path):
+    row = words(0, 0, 0, 0, 0, 0, 0, 128 * 257, 257, 514, 771, 65535)
+    pixels = pixels_of(png(tmp_path / "image.png", 16, COLOURS_WITH_ALPHA, row))
+    assert pixels.tolist() == [[[255] * 3, [127] * 3, [1, 2, 3]]]
+
+
+def test_ordinary_files_have_the_pixels_of_the_decoder(tmp_path):
+    """All of PACS is such: a rule for another kind must not touch them."""
+    image = picture(1, (33, 21))
+    files = {
+        "colours.jpg": (image, {}),
+        "grey.jpg": (image.convert("L"), {}),
+        "cmyk.jpg": (image.convert("CMYK"), {}),
+        "progressive.jpg": (image, {"progressive": True}),
+        "colours.png": (image, {}),
+        "grey.png": (image.convert("L"), {}),
+        "palette.png": (image.quantize(16), {}),
+    }
+    for name, (stored, options) in files.items():
+        path = tmp_path / name
+        stored.save(path, **options)
+        with Image.open(path) as opened:
+            np.testing.assert_array_equal(pixels_of(path), np.asarray(opened.convert("RGB")), name)
+
+
 def test_cmyk(tmp_path):
     path = saved(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpg", quality=100)
     assert np.abs(pixels_of(path).astype(int) - RED).max() <= 3  # JPEG
@@ -81,6 +134,39 @@ def test_a_transparent_colour_of_a_palette_is_laid_on_white(tmp_path):
     image.putpixel((1, 0), 1)
     path = saved(tmp_path, image, transparency=1)
     assert pixels_of(path).tolist() == [[list(RED), list(WHITE)]]
+
+
+def test_every_entry_of_a_palette_has_its_alpha(tmp_path):
+    image = Image.new("P", (3, 1))
+    image.putpalette([*RED, 0, 0, 255, 0, 255, 0])
+    image.putdata([0, 1, 2])
+    path = saved(tmp_path, image, transparency=bytes([0, 128, 255]))
+    assert pixels_of(path).tolist() == [[list(WHITE), [127, 127, 255], [0, 255, 0]]]
+
+
+@pytest.mark.parametrize(
+    "depth, row, key, expected",
+    [
+        (1, bytes([0b01010101]), 0, [255] * 8),
+        (2, bytes([0b00011011]), 1, [0, 255, 170, 255]),
+        (4, bytes([0x5A]), 5, [255, 170]),
+        (8, bytes([5, 10]), 5, [255, 10]),
+        (16, words(1000, 1001, 32896), 1000, [255, 4, 128]),
+    ],
+)
+def test_a_transparent_grey_of_every_depth_is_laid_on_white(tmp_path, depth, row, key, expected):
+    path = png(tmp_path / "image.png", depth, GREY, row, (b"tRNS", words(key)))
+    assert pixels_of(path)[0, :, 0].tolist() == expected
+
+
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
+    """Pillow reads 8 bits, in which it is equal to colours that are not transparent."""
+    row = words(1000, 2000, 3000, 1001, 2000, 3000)
+    path = png(tmp_path / "image.png", 16, COLOURS, row, (b"tRNS", words(1000, 2000, 3000)))
+    with pytest.raises(
+        DataError, match=r"image.png .*its transparent colour has 16 bits a channel"
+    ):
+        read_image(path)
 
 
 @pytest.mark.parametrize("mode, colour", [("RGB", RED), ("L", 7)])

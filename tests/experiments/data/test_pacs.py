@@ -55,6 +55,16 @@ def test_a_class_too_many(tiny_pacs, cache):
         open_data(tiny_pacs, cache)
 
 
+def test_a_misspelt_class_folder_is_a_stray(tiny_pacs, cache):
+    shutil.copytree(tiny_pacs / "photo" / "dog", tiny_pacs / "photo" / "dog ")
+    data = open_data(tiny_pacs, cache)
+    assert isinstance(data, Pacs) and data.classes == CLASSES
+    assert data.remarks == (
+        "PACS: ignored 1 entry with 2 images (folder: 1): 'photo/dog '; to see all: "
+        f"python experiments/data.py verify {tiny_pacs}",
+    )
+
+
 def test_the_same_domains_with_other_classes_are_not_pacs(tmp_path, cache):
     data = open_data(make_squares(tmp_path / "mine", domains=DOMAINS), cache)
     assert data.name == "mine" and data.classes == ("cat", "cow")
@@ -95,3 +105,4 @@ def test_the_real_one(pacs: Path, cache):
         assert domain.images.shape == (14, 227, 227, 3)
         image = Image.open(data.root / name / domain.files[-1]).convert("RGB")
         np.testing.assert_array_equal(domain.images[-1], np.asarray(image))
+    assert data.remarks == ()

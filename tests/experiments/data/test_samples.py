@@ -158,15 +158,21 @@ def test_workers_do_not_change_the_pixels(samples, start):
         assert torch.equal(x, other_x) and torch.equal(y, other_y)
 
 
-def test_a_memory_map_is_pickled_by_name(tiny_pacs, cache):
+@pytest.mark.parametrize("kind", [UnlabelledImages, LabelledImages, ShuffledImages])
+def test_a_memory_map_is_pickled_by_name(tiny_pacs, cache, kind):
     domain = open_data(tiny_pacs, cache).load("photo")
-    samples = UnlabelledImages(domain.images, range(14), test_transform(32))
+    images = domain if kind is LabelledImages else domain.images
+    samples = kind(images, range(14), test_transform(32))
     content = pickle.dumps(samples)
     assert len(content) < 10_000 < domain.images.nbytes
     copy = pickle.loads(content)
     assert isinstance(copy.images, np.memmap) and not copy.images.flags.writeable
     np.testing.assert_array_equal(copy.images, domain.images)
-    assert torch.equal(copy[13], samples[13])
+    for sample, other in zip(samples, copy, strict=True):
+        if kind is LabelledImages:
+            (sample, label), (other, other_label) = sample, other
+            assert label == other_label
+        assert torch.equal(sample, other)
 
 
 def test_a_part_of_a_memory_map_is_pickled_as_it_is(tiny_pacs, cache):
