@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?= --target sketch --mode da --layers 4
 
-.PHONY: run test parity test-cpu-only-torch bench profile gpu lint clean
+.PHONY: run test soak parity test-cpu-only-torch bench profile gpu lint clean
 
 # The main experiment. For other arguments: make run ARGS="--target photo --mode random --layers 1 --p-zero 0.7"
 run: $(VENV)/installed
@@ -12,6 +12,11 @@ run: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Runs a small suite for ten minutes while processes are killed, disks fill and clocks jump, and compares its records with
+# undisturbed ones. A superuser gets a small disk and read-only data too.
+soak: $(VENV)/installed
+	$(BIN)/python tests/experiments/sweep/soak.py
 
 # Compares every backend with the reference, row by row: native, the CUDA source on the CPU, CUDA and Triton on a GPU. Triton's
 # interpreter needs a process of its own.

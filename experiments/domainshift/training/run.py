@@ -229,7 +229,9 @@ def leased(folder: Path, token: str | None, screen: Screen) -> Iterator[Lease]:
     What a kill left half is removed. Raises RecordError or ConfigError.
     """
     if token is not None:
-        yield on_behalf(folder, token)
+        lease = on_behalf(folder, token)
+        remove_halves(folder)
+        yield lease
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -243,13 +245,18 @@ def leased(folder: Path, token: str | None, screen: Screen) -> Iterator[Lease]:
         with lease:
             if lease.before:
                 screen.say(f"{folder} was in use by {lease.before}; that process is gone")
-            for path in folder.glob(".*.part"):
-                path.unlink(missing_ok=True)
+            remove_halves(folder)
             yield lease
     finally:
         for path in made:
             with suppress(OSError):  # it holds files, or is not there
                 path.rmdir()
+
+
+def remove_halves(folder: Path) -> None:
+    """Remove the files that a kill left half written."""
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def write_config(

@@ -19,52 +19,10 @@ from domainshift.report.command import main as report
 from domainshift.report.study import read_study
 from domainshift.sweep.command import main
 from domainshift.sweep.estimate import Clock
-from small_suites import SMALL, small
+from small_suites import TRUE, records_of, result_of, small
 
 EXPERIMENTS = Path(files.__file__).parents[1]
-TIMES = {"seconds", "train_seconds", "images_per_second", "run", "versions", "seal"}
-
-TRUE = SMALL | {
-    "defaults": {
-        "preset": "course-template",
-        "data": "toy",
-        "weights": "none",
-        "model": "resnet18-slim",
-        "limit": 3,
-        "image_size": 32,
-        "epochs": 8,
-        "batch_size": 8,
-        "lr": 0.02,
-        "evaluate": "each",
-    },
-    "tables": {
-        "one": {
-            "title": "One",
-            "arms": {
-                # maps that draw while testing too are the hardest to continue
-                "random": {"mode": "random", "layers": [1, 4], "p_zero": 0.3, "at_eval": "on"},
-                "random-off": {"mode": "random", "layers": [1, 4], "p_zero": 0.3},
-                "da": {"mode": "da", "layers": 4, "record_mode": "train"},
-            },
-        }
-    },
-}
 RANDOM, DA = "random-art_painting-s0", "da-art_painting-cartoon-s0"
-
-
-def untimed(values):
-    return {name: value for name, value in values.items() if name not in TIMES}
-
-
-def records_of(folder):
-    """By name of the file."""
-    paths = [folder / TRAINING, *(folder / EVALUATIONS).glob("*.json")]
-    return {path.name: untimed(files.read_json(path)) for path in paths}
-
-
-def result_of(folder):
-    """What must not depend on interruptions."""
-    return records_of(folder), [untimed(row) for row in files.read_json_lines(folder / METRICS)]
 
 
 def contents(folder):

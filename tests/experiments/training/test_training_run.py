@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import types
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pytest
@@ -23,7 +24,7 @@ from domainshift.setup import set_up
 from domainshift.training import loop as training_loop
 from domainshift.training import run as training_run
 from domainshift.training.curve_log import curve_log
-from domainshift.training.run import closing_lines
+from domainshift.training.run import closing_lines, execute
 from rich.console import Console
 from tiny_runs import TINY, TOTAL, assert_same_training, rows_of, run, setup_of
 
@@ -210,6 +211,24 @@ def test_a_run_goes_on_where_a_killed_one_left_its_lease(tmp_path, no_pictures):
     run(tmp_path, epochs=1, screen=screen)
     assert any(line.endswith("that process is gone") for line in screen.lines)
     assert not list(tmp_path.glob(".lease*"))
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_what_a_kill_left_half_is_removed(tmp_path, no_pictures, held):
+    """Whether the run takes the lease of its folder or a suite holds it."""
+    half = tmp_path / ".checkpoint.pt.17.part"
+    half.touch()
+    setup = setup_of(epochs=1)
+    with take(tmp_path) if held else nullcontext() as lease:
+        execute(
+            setup,
+            tests=setup.config.tests(),
+            folder=tmp_path,
+            resume=True,
+            screen=Lines(),
+            token=lease and lease.token,
+        )
+    assert not half.exists() and len(rows_of(tmp_path)) == 1
 
 
 def test_a_run_that_lost_its_folder_writes_nothing_more(tmp_path, no_pictures, monkeypatch):
