@@ -101,15 +101,15 @@ def switch(
     return Field(default, description=help, json_schema_extra=extra)
 
 
-class Switches(BaseModel):
-    """A frozen set of switches; unknown names and values out of range are refused."""
+class FromYaml(BaseModel):
+    """Frozen values that may come from YAML; unknown names and values out of range are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _yaml_on_off(cls, values: Any) -> Any:
-        """YAML reads a bare on or off as true or false; a switch with these words means the words."""
+        """YAML reads a bare on or off as true or false; a value with these words means the words."""
         if not isinstance(values, dict):
             return values
         values = dict(values)
@@ -118,6 +118,10 @@ class Switches(BaseModel):
             if isinstance(value, bool) and {"on", "off"} & set(words):
                 values[name] = "on" if value else "off"
         return values
+
+
+class Switches(FromYaml):
+    """A set of switches."""
 
     @classmethod
     def names(cls, *roles: Role) -> tuple[str, ...]:
@@ -374,11 +378,10 @@ class Config(Switches):
         return tests
 
 
-class Test(BaseModel):
+class Test(FromYaml):
     """How a checkpoint is tested: on which images, shaped how, with which BatchNorm statistics."""
 
     __test__: ClassVar[bool] = False  # pytest: not a test case
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     domain: str = Field(description="the domain that is tested")
     images: Literal["all", "holdout", "train"] = Field(
@@ -408,12 +411,16 @@ def hash_of(value: Any) -> str:
 
 
 @functools.cache
+def presets() -> dict[str, dict[str, Any]]:
+    """The files of experiments/presets by name."""
+    return {path.stem: files.read_yaml(path) for path in sorted(PRESETS.glob("*.yaml"))}
+
+
 def preset(name: str) -> dict[str, Any]:
-    """A file of experiments/presets: `about`, `values`, `modes` (values by mode) and perhaps `only`."""
-    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    if name not in known:
-        raise ConfigError(f"preset: {name!r} is not allowed; allowed: {' | '.join(known)}")
-    return files.read_yaml(PRESETS / f"{name}.yaml")
+    """What a preset sets: `about`, `values`, `modes` (values by mode) and perhaps `only`."""
+    if not isinstance(name, str) or name not in presets():
+        raise ConfigError(f"preset: {name!r} is not allowed; allowed: {' | '.join(presets())}")
+    return presets()[name]
 
 
 def preset_values(name: str, mode: str) -> dict[str, Any]:
@@ -569,7 +576,7 @@ def absolute(path: str) -> str:
 
     A relative path that is not in the working folder is one in the repository, as records have it.
     """
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))  # leaves a ~ that cannot be resolved
     within = REPOSITORY / given
     return os.path.abspath(within if within.exists() and not given.exists() else given)
 

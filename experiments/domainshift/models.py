@@ -18,6 +18,7 @@ from torchvision import models
 import fastshape
 from domainshift import files, finite
 from domainshift.errors import ConfigError, RecordError, WeightsError
+from domainshift.torch_defaults import own_defaults
 
 SLIM = "resnet18-slim"
 SLIM_WIDTH = 12  # channels of its first convolution, where ResNet-18 has FULL_WIDTH
@@ -38,6 +39,7 @@ class Weights(NamedTuple):
     warnings: list[str]
 
 
+@own_defaults()
 def build_model(name: str, weights: str, classes: int, seed: int) -> tuple[nn.Module, Weights]:
     """A network with `classes` outputs, on the CPU, in train mode, and where its weights come from.
 
@@ -73,6 +75,7 @@ def build_model(name: str, weights: str, classes: int, seed: int) -> tuple[nn.Mo
 
 
 @functools.cache
+@own_defaults()
 def bare_model(name: str) -> nn.Module:
     """A network without memory for weights, on the meta device. All callers share it.
 
@@ -375,6 +378,7 @@ def layer_lines(name: str, image_size: int, after: str = "conv") -> list[str]:
 
 
 @functools.cache
+@own_defaults()
 def output_shapes(name: str, image_size: int) -> Mapping[str, list[tuple[int, ...]]]:
     """Output shapes of a network's modules for one image: by name, one for each call, without batch.
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from domainshift import files
 from domainshift.config import REPOSITORY, Config, hash_of, resolve
 from domainshift.data import DataSet, open_data
@@ -30,12 +32,12 @@ def set_up(values: Mapping[str, Any], data: DataSet | None = None) -> Setup:
     """Resolve the values that a user gave.
 
     Args:
-        values: by switch, as text or as YAML has them; `-` and `_` in names are alike.
+        values: by switch, as text, as YAML has them or as numpy does; `-` and `_` in names are alike.
         data: the data set, where the caller has opened it already.
 
     Raises BadInput, which names the switch, the value and what is allowed.
     """
-    given = {str(name).replace("-", "_"): value for name, value in values.items()}
+    given = {str(name).replace("-", "_"): without_numpy(value) for name, value in values.items()}
     for name in ("data", "cache", "method_file"):
         if not isinstance(given.get(name), str | Path | None):
             raise ConfigError(f"{name}: {given[name]!r} is not allowed; allowed: a path")
@@ -55,6 +57,13 @@ def set_up(values: Mapping[str, Any], data: DataSet | None = None) -> Setup:
     method.layer_names(config)
     output_shapes(config.model, config.image_size)
     return Setup(config, method, data, warnings + more)
+
+
+def without_numpy(value: Any) -> Any:
+    """A value with Python's own numbers, text and lists in place of numpy's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return [without_numpy(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def refuse_switches_of_others(given: Mapping[str, Any], method: type[Method]) -> None:

@@ -35,3 +35,17 @@ def test_a_figure_is_drawn_and_the_name_stays(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == NOTEBOOK["MPLBACKEND"]
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("home", ["missing", "read-only"])
+def test_a_home_that_cannot_be_used_is_not_missed(tmp_path, home):
+    (tmp_path / "home").mkdir(mode=0o500)
+    place = "/dev/null/home" if home == "missing" else str(tmp_path / "home")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XDG", "MPL"))}
+    done = subprocess.run(
+        [sys.executable, "-c", "import domainshift.plotting"],
+        env=environment | {"HOME": place, "PYTHONPATH": str(EXPERIMENTS)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,7 +1,11 @@
 """From values to a checked setup, and what decides the key of a training."""
 
+import numpy as np
 import pytest
+import torch
+from domainshift.config import Test
 from domainshift.errors import ConfigError
+from domainshift.models import build_model, state_digest
 from domainshift.setup import NO_DATA, run_name, set_up, training_key
 
 TINY = {
@@ -91,3 +95,34 @@ def test_no_data_means_the_pacs_folder_or_the_toy(monkeypatch, tmp_path):
 def test_layers_that_the_network_lacks_are_refused():
     with pytest.raises(ConfigError, match="layers: there is no conv 21; this model has 1 conv1"):
         set_up(TINY | {"mode": "da", "layers": 21})
+
+
+# --- what the caller's program has set --------------------------------------------------------
+
+
+def test_numbers_of_numpy_are_numbers():
+    values = {"epochs": np.int64(3), "lr": np.float32(0.5), "layers": np.array([1, 4])}
+    config = set_up({"data": "toy", "mode": "random", **values}).config
+    assert (config.epochs, config.lr, config.options.layers) == (3, 0.5, (1, 4))
+    assert type(config.epochs) is int and type(config.lr) is float
+
+
+def test_yaml_reads_a_bare_on_as_true():
+    for value, word in ((True, "on"), (False, "off")):
+        assert Test.model_validate({"domain": "sketch", "at_eval": value}).at_eval == word
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_defaults_of_torch_in_the_caller_are_as_if_they_were_not_there(device):
+    before = state_digest(build_model("resnet18-slim", "none", 7, 0)[0].state_dict())
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device(device):
+            model, _ = build_model("resnet18-slim", "none", 7, 0)
+            assert torch.get_default_device().type == device
+            setup = set_up({"data": "toy", "mode": "random", "layers": [1]})
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert state_digest(model.state_dict()) == before
+    assert setup.method.layer_names(setup.config) == ("conv1",)

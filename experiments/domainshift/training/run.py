@@ -30,6 +30,7 @@ from domainshift.records.results import MANY_SKIPPED, Predictions, Result, Train
 from domainshift.records.schema import CHECKPOINT, CONFIG, SUMMARY, TRAINING, Count, Row
 from domainshift.records.validate import check, evaluation_faults, read_result
 from domainshift.setup import Setup, origin, targets_of_training, training_key, training_setup
+from domainshift.torch_defaults import own_defaults
 from domainshift.training import checkpoint
 from domainshift.training.curve_log import curve_log
 from domainshift.training.evaluation import TestSets, between_epochs, count_of, evaluate_all
@@ -38,6 +39,7 @@ from domainshift.training.loop import TrainingImages, train
 CURVES, MAPS = "curves.png", "maps.png"
 
 
+@own_defaults()
 def execute(
     setup: Setup,
     *,

@@ -26,7 +26,7 @@ from domainshift.training import run as training_run
 from domainshift.training.curve_log import curve_log
 from domainshift.training.run import closing_lines, execute
 from rich.console import Console
-from tiny_runs import TINY, TOTAL, assert_same_training, rows_of, run, setup_of
+from tiny_runs import TINY, TOTAL, assert_same_training, rows_of, run, setup_of, untimed
 
 TARGETS = ["sketch", "cartoon", "photo"]
 
@@ -411,3 +411,15 @@ def test_a_run_that_skipped_many_updates_says_so(tmp_path, no_pictures, monkeypa
     lost = "float16 skipped 4 of 4 updates, more than 5%"
     assert f"warning: {lost}" in screen.lines
     assert lost in results.read_training(folder).record.warnings
+
+
+def test_defaults_of_torch_in_the_caller_change_no_figure(tmp_path, no_pictures):
+    switches = {"mode": "random", "layers": [1], "epochs": 1}
+    expected = rows_of(run(tmp_path / "a", **switches))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            rows = rows_of(run(tmp_path / "b", **switches))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert untimed(rows) == untimed(expected)
