@@ -222,6 +222,11 @@ class Sweep:
 
     def run(self, pool: Local | Cluster) -> None:
         """Make trainings until none is left. After an error or an interrupt, none goes on."""
+        for job in self.jobs:
+            if (
+                self.states[job.name].kind == DONE
+            ):  # by a process that was killed before it could say so
+                (self.out / job.name / FAILURE).unlink(missing_ok=True)
         try:
             while self.waiting or self.running:
                 for _ in range(len(self.waiting)):

@@ -152,8 +152,9 @@ class Soak:
             if suite.returncode == 0:
                 break
             self.events["suite started again"] += 1
-            if attempt > 3 and time.monotonic() > end + 120:
-                self.faults.append(f"round {number} does not end: see {self.root}/log.txt")
+            if attempt > 3 and time.monotonic() > end + 180:
+                lines = (self.root / "log.txt").read_text(errors="replace").splitlines()[-20:]
+                self.faults.append("\n    ".join([f"round {number} does not end:", *lines]))
                 return
         self.compare(number, out, expected)
         shutil.rmtree(out)

@@ -153,6 +153,14 @@ def test_a_worker_that_is_killed_costs_one_training(whole, tmp_path):
     assert not (out / RANDOM / "failure.json").exists()
 
 
+def test_a_failure_is_forgotten_once_its_training_is_whole(copy):
+    """A worker killed between its last record and its answer leaves both."""
+    arguments, out = copy
+    files.write_json(out / RANDOM / "failure.json", {"status": -9, "lines": ["killed by SIGKILL"]})
+    assert main(arguments) == 0
+    assert not (out / RANDOM / "failure.json").exists()
+
+
 # --- more is asked ----------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from domainshift.data.pairing import epoch_order
 from domainshift.errors import ConfigError, NonFiniteError, RecordError, ShapingError, WeightsError
 from domainshift.methods import Method
 from domainshift.records.schema import CHECKPOINT, METRICS
+from domainshift.records.validate import check
 from domainshift.setup import origin
 from domainshift.training.loop import train
 from domainshift.training.run import build
@@ -289,6 +290,19 @@ def test_logits_that_are_not_finite_stop_a_test(tmp_path, monkeypatch):
     with pytest.raises(NonFiniteError, match=expected):
         run(tmp_path / "r", epochs=1)
     assert not (tmp_path / "r" / METRICS).exists()
+
+
+def test_logits_beyond_float16_are_no_fault(tmp_path, monkeypatch):
+    """Records keep them in float16, as infinities."""
+    own = Method.predict
+
+    def large(self, images, start=0):
+        prediction = own(self, images, start)
+        return prediction._replace(logits=prediction.logits * 1e8)
+
+    monkeypatch.setattr(Method, "predict", large)
+    folder = run(tmp_path / "r", epochs=1)
+    assert check(folder) == []
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
