@@ -185,7 +185,7 @@ class Shaping(Layered):
                 gradient=options.gradient,
                 at_eval="binarize",  # so that what is replaced serves evaluation too
                 method=attach_method(config),
-                check_finite=True,
+                check_finite=config.device == "cpu",  # on a GPU each step would wait for it
             )
         attachment.at_eval = "off"
         return attachment
