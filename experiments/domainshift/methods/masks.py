@@ -30,7 +30,7 @@ class Hooks:
         fired: how often an output was changed, by name.
         first_sample: place of the first sample in the pass that several processes share.
         at_eval: what happens in evaluation mode: off, binarize or on.
-        check_finite: whether an output that is not finite raises FloatingPointError.
+        check_finite: whether an output on a CPU that is not finite raises FloatingPointError.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ class Hooks:
         self.fired = dict.fromkeys(names, 0)
         self.first_sample = 0
         self.at_eval = "off"
-        self.check_finite = next(model.parameters()).device.type == "cpu"
+        self.check_finite = True
         self.calls = dict.fromkeys(names, 0)  # in the current forward
         self.handles = [model.register_forward_pre_hook(self.begin)]
         for name in names:
@@ -51,7 +51,8 @@ class Hooks:
 
     def hook(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         # on a GPU each step would wait for this
-        if self.check_finite and nonfinite_names({name: output}):
+        look = self.check_finite and output.device.type == "cpu"
+        if look and nonfinite_names({name: output}):
             raise FloatingPointError(f"layer {name!r}: its output is not finite")
         changed = self.changed(name, output, self.calls[name])
         self.calls[name] += 1
