@@ -3,25 +3,54 @@
 FASTSHAPE_SKIP_EXT=1 installs the Python files only; fastshape then runs on its PyTorch reference.
 Without FASTSHAPE_CUDA, the CUDA kernels are built if torch has CUDA and there is an nvcc of the same CUDA major version. With
 FASTSHAPE_CUDA=1 the installation fails if they cannot be built; with 0 they are not built. No GPU is needed.
-TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") names the GPUs to build for. The decision and its reason are printed and written to
-fastshape/_build_facts.json, from which `python -m fastshape` reads them.
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "Ampere Hopper", "native") names the GPUs to build for, as it does for torch. The decision
+and its reason are printed and written to fastshape/_build_facts.json, from which `python -m fastshape` reads them.
+CXX names the C++ compiler and may have several words ("ccache g++").
 """
 
 import glob
+import importlib.util
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-from setuptools import setup
+from setuptools import errors, setup
 
 TORCH_ABI_TARGET = "2.10"
 # Machine code for the architectures of this list that nvcc knows, and PTX of the last one for later GPUs. Code for 8.0 also
 # runs on 8.6 and 8.9. The list is short because each entry takes ten seconds to build.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "9.0")
+# The names that torch takes in TORCH_CUDA_ARCH_LIST, of the GPUs that CUDA 12 or later compiles for.
+NAMED_ARCHITECTURES = {
+    "Maxwell": ("5.0", "5.2+PTX"),
+    "Maxwell+Tegra": ("5.3",),
+    "Pascal": ("6.0", "6.1+PTX"),
+    "Volta": ("7.0+PTX",),
+    "Volta+Tegra": ("7.2",),
+    "Turing": ("7.5+PTX",),
+    "Ampere": ("8.0", "8.6+PTX"),
+    "Ampere+Tegra": ("8.7",),
+    "Ada": ("8.9+PTX",),
+    "Hopper": ("9.0+PTX",),
+    "Blackwell": ("10.0", "10.3", "12.0", "12.1+PTX"),
+    "Blackwell+Tegra": ("11.0",),
+    "Rubin": ("10.7+PTX",),
+}
+# What torch and setuptools raise where a compiler or linker fails.
+BUILD_ERRORS = (
+    RuntimeError,
+    OSError,
+    subprocess.SubprocessError,
+    errors.BaseError,
+    errors.CCompilerError,
+)
+SKIP = "FASTSHAPE_SKIP_EXT=1 installs fastshape without compiled kernels"
 
 
 def skips_extension() -> bool:
@@ -31,6 +60,39 @@ def skips_extension() -> bool:
             f"FASTSHAPE_SKIP_EXT={value!r}: allowed are 0 (build the kernels) and 1 (do not)"
         )
     return value == "1"
+
+
+# ---- what a build needs ----
+
+
+def require(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise SystemExit(f"{package} is missing: pip install {package}. {SKIP}")
+
+
+def use_compiler(folder: str) -> None:
+    """Check that there is a C++ compiler, and let CXX name it by one word, because torch takes no more.
+
+    Args:
+        folder: where a script is written that calls a compiler of several words, such as "ccache g++".
+    """
+    requested = os.environ.get("CXX")
+    words = shlex.split(requested or "c++")
+    if not words or shutil.which(words[0]) is None:
+        raise SystemExit(
+            f"no C++ compiler: {'c++ is not on PATH' if not requested else f'CXX={requested!r} is not there'}; install "
+            f"one, such as g++, or name one with CXX. {SKIP}"
+        )
+    compiler = words[0]
+    if len(words) > 1:
+        script = Path(folder, "cxx").absolute()
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        script.chmod(0o755)
+        compiler = str(script)
+        os.environ["TORCH_NO_COMPILER_WRAPPER"] = "1"  # torch would put ccache before it
+    os.environ["CXX"] = compiler
+    if "CC" in os.environ:  # nothing is C, but torch reads its words too
+        os.environ["CC"] = compiler
 
 
 # ---- CUDA: the decision, nvcc, the architectures ----
@@ -88,6 +150,18 @@ def nvcc_version(nvcc: str) -> str:
     return re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))[1]
 
 
+def visible_architectures() -> str:
+    """The architectures of the GPUs of this machine, as a list for TORCH_CUDA_ARCH_LIST."""
+    import torch
+
+    visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if not visible:
+        raise SystemExit(
+            "TORCH_CUDA_ARCH_LIST=native: no GPU is visible; name architectures such as 8.0"
+        )
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(visible)) + "+PTX"
+
+
 def choose_architectures(requested: str | None, supported: list[str]) -> list[str]:
     """The architectures to build for. "8.0" means machine code for compute capability 8.0, "8.0+PTX" also PTX.
 
@@ -96,14 +170,16 @@ def choose_architectures(requested: str | None, supported: list[str]) -> list[st
         supported: the architectures that nvcc knows, such as "compute_80".
     """
     if requested:
-        architectures = [name for name in re.split(r"[\s;,]+", requested) if name]
-        for name in architectures:
-            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-                raise SystemExit(
-                    f"TORCH_CUDA_ARCH_LIST={requested!r}: {name!r} is not a compute capability such as "
-                    "8.0 or 9.0+PTX"
-                )
-        return architectures
+        architectures = []
+        for word in re.split(r"[\s;,]+", requested.strip(" ;,")):
+            for name in NAMED_ARCHITECTURES.get(word, (word,)):
+                if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+                    raise SystemExit(
+                        f"TORCH_CUDA_ARCH_LIST={requested!r}: {name!r} is no compute capability such as 8.0 or 9.0+PTX; "
+                        f"allowed are also native and the names {', '.join(NAMED_ARCHITECTURES)}"
+                    )
+                architectures.append(name)
+        return list(dict.fromkeys(architectures))
     architectures = [
         a for a in DEFAULT_ARCHITECTURES if f"compute_{a.replace('.', '')}" in supported
     ]
@@ -117,7 +193,7 @@ def architecture_flags(architectures: list[str]) -> list[str]:
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if name.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    return list(dict.fromkeys(flags))
 
 
 def cuda_facts() -> dict:
@@ -130,7 +206,10 @@ def cuda_facts() -> dict:
     facts = {"built": build, "reason": reason}
     if build:
         supported = output_of(nvcc, "--list-gpu-arch").split()
-        architectures = choose_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), supported)
+        requested = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        if requested == "native":
+            requested = visible_architectures()
+        architectures = choose_architectures(requested, supported)
         facts |= {"version": version, "architectures": architectures, "nvcc": nvcc}
     return facts
 
@@ -139,12 +218,7 @@ def cuda_facts() -> dict:
 
 
 def extension(name: str, sources: list[str], defines=(), **arguments):
-    try:
-        import pybind11
-    except ModuleNotFoundError:
-        raise SystemExit(
-            "pybind11 is missing: pip install pybind11, or FASTSHAPE_SKIP_EXT=1 to install without compiled kernels"
-        ) from None
+    import pybind11
     import torch
     from torch.utils.cpp_extension import CppExtension
 
@@ -200,7 +274,7 @@ def cuda_extension(cuda: dict):
         for name, flag in (("INCLUDES", "I"), ("LIBRARIES", "L"))
     }
     major = cuda["version"].split(".")[0]
-    result = extension(
+    return extension(
         "fastshape._C_cuda",
         ["csrc/cuda/module.cpp", "csrc/cuda/glue.cpp"],
         defines=[
@@ -214,12 +288,6 @@ def cuda_extension(cuda: dict):
         # Use the shared runtime that torch has loaded, so that both have one current device and one error state.
         extra_link_args=[f"-l:libcudart.so.{major}"],
     )
-    result.depends = [
-        *glob.glob("csrc/*.h"),
-        *glob.glob("csrc/cuda/*"),
-        *glob.glob("csrc/include/*/*"),
-    ]
-    return result
 
 
 def compile_kernels(cuda: dict, folder: str) -> list[str]:
@@ -254,11 +322,25 @@ def compile_kernels(cuda: dict, folder: str) -> list[str]:
     return targets
 
 
+def write_sources_header(folder: str) -> None:
+    """Write fastshape_sources.h, which tells the compiled files the digest of their sources.
+
+    A file that is right is left alone, so that ninja does not compile what includes it again.
+    """
+    library = runpy.run_path("fastshape/backends/library.py")
+    path = Path(folder, "fastshape_sources.h")
+    text = f'#define FASTSHAPE_SOURCES "{library["source_digest"](Path())}"\n'
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
 def extension_arguments() -> dict:
     if skips_extension():
         if os.environ.get("FASTSHAPE_CUDA") == "1":
             raise SystemExit("FASTSHAPE_SKIP_EXT=1 and FASTSHAPE_CUDA=1 exclude each other")
         return {}
+    for package in ("torch", "pybind11"):
+        require(package)
     import torch
     from torch.utils.cpp_extension import BuildExtension
 
@@ -269,13 +351,10 @@ def extension_arguments() -> dict:
         extensions.append(cuda_extension(cuda))
 
     class Build(BuildExtension):
-        def build_extensions(self):
-            if cuda["built"]:
-                folder = os.path.join(self.build_temp, "csrc", "cuda")
-                extensions[1].extra_objects = compile_kernels(cuda, folder)
-            super().build_extensions()
-
         def run(self):
+            self.force = True  # ninja knows what is up to date, headers and options included
+            os.makedirs(self.build_temp, exist_ok=True)
+            use_compiler(self.build_temp)
             super().run()
             facts = {"torch": torch.__version__, "torch_abi_target": TORCH_ABI_TARGET, "cuda": cuda}
             folder = os.path.dirname(self.get_ext_fullpath("fastshape._C"))
@@ -283,6 +362,20 @@ def extension_arguments() -> dict:
             with open(target + ".part", "w") as file:
                 json.dump(facts, file, indent=2)
             os.replace(target + ".part", target)
+
+        def build_extensions(self):
+            write_sources_header(self.build_temp)
+            for extension in extensions:
+                extension.include_dirs.append(os.path.abspath(self.build_temp))
+            if cuda["built"]:
+                folder = os.path.join(self.build_temp, "csrc", "cuda")
+                extensions[1].extra_objects = compile_kernels(cuda, folder)
+            try:
+                super().build_extensions()
+            except BUILD_ERRORS as error:
+                raise SystemExit(
+                    f"the kernels were not built, see above ({error}). {SKIP}"
+                ) from None
 
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 

@@ -3,6 +3,7 @@
 
 #include "cpu/glue.h"
 #include "cpu/kernels.h"
+#include "fastshape_sources.h"  // written by setup.py
 
 namespace py = pybind11;
 
@@ -44,6 +45,7 @@ py::dict build_facts() {
   facts["compiler"] = __VERSION__;
   facts["torch_abi_target"] = FASTSHAPE_TORCH_ABI_TARGET;
   facts["built_with_torch"] = FASTSHAPE_BUILT_WITH_TORCH;
+  facts["sources"] = FASTSHAPE_SOURCES;
   facts["simd"] = fastshape::cpu::kernels().simd;
   return facts;
 }

@@ -1,5 +1,7 @@
 """``python -m fastshape`` prints what is built, loaded and chosen, and why."""
 
+from pathlib import Path
+
 from . import __version__, backend_info
 
 _PLACES = {"cpu": "on the CPU", "cuda": "on CUDA", "xpu": "on XPU", "other_devices": "elsewhere"}
@@ -9,7 +11,7 @@ _FACTS = {"native": "kernels", "native_cuda": "CUDA kernels", "triton": "Triton"
 def main() -> None:
     info = backend_info()
     rows = {
-        "fastshape": __version__,
+        "fastshape": f"{__version__} in {Path(__file__).parent}",
         "torch": info["torch"],
         "FASTSHAPE_BACKEND": info["requested"],
         **{

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cuda/glue.h"
+#include "fastshape_sources.h"  // written by setup.py
 
 namespace py = pybind11;
 
@@ -14,6 +15,7 @@ py::dict build_facts() {
   facts["architectures"] = FASTSHAPE_CUDA_ARCHITECTURES;
   facts["torch_abi_target"] = FASTSHAPE_TORCH_ABI_TARGET;
   facts["built_with_torch"] = FASTSHAPE_BUILT_WITH_TORCH;
+  facts["sources"] = FASTSHAPE_SOURCES;
   return facts;
 }
 

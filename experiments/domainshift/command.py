@@ -31,7 +31,6 @@ from domainshift.models import layer_lines
 from domainshift.progress import Screen
 from domainshift.records.schema import CONFIG
 from domainshift.setup import Setup, run_name, set_up, targets_of_training
-from domainshift.torch_defaults import own_defaults
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses
 
@@ -266,7 +265,6 @@ def run(request: Request, screen: Screen) -> None:
                 screen.say(line)
 
 
-@own_defaults()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input, 1 the run failed, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)

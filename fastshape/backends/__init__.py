@@ -13,15 +13,18 @@ An explicit choice that is not available raises an error with the reason.
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 
-from . import cuda, native, reference, triton
+from . import cuda, library, native, reference, triton
 
 CHOICES = ("auto", "native", "triton", "reference")
 
 _REQUESTED = "requested by FASTSHAPE_BACKEND"
 _LOADED = "compiled kernels are loaded"
+_STALE = "are not those of the sources in csrc"
+_NATIVE = {"cpu": native, "cuda": cuda}
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}  # device type: dispatch key
 
 _requested = ""
@@ -52,11 +55,30 @@ def choose() -> None:
         if backend == "triton":
             triton.register(_KEYS[device])
         elif backend == "native":
-            (native if device == "cpu" else cuda).register()
+            _NATIVE[device].register()
     _chosen["other_devices"] = (
         "reference",
         _REQUESTED if _requested == "reference" else "no kernels for these devices",
     )
+    _warn()
+
+
+def _warn() -> None:
+    """Warn where fastshape has other kernels than its user expects."""
+    backends = {device: backend for device, (backend, _) in _chosen.items()}
+    stale = [d for d, backend in backends.items() if backend == "native" and _NATIVE[d].is_stale()]
+    if stale:
+        warnings.warn(
+            f"fastshape in {library.PACKAGE}: the compiled kernels for {' and '.join(stale)} {_STALE}; build them again "
+            f"with: {library.REMEDY}",
+            stacklevel=4,  # the import of fastshape
+        )
+    if backends["cpu"] == "reference" != _requested and library.shadowed():
+        warnings.warn(f"fastshape runs on its slow reference: {_chosen['cpu'][1]}", stacklevel=4)
+
+
+def _loaded(device: str) -> str:
+    return f"{_LOADED}, but {_STALE}" if _NATIVE[device].is_stale() else _LOADED
 
 
 def _require_triton() -> None:
@@ -76,7 +98,7 @@ def _for_cpu() -> tuple[str, str]:
         return "triton", "requested by FASTSHAPE_BACKEND, interpreted (TRITON_INTERPRET)"
     problem = native.error()
     if problem is None:
-        return "native", _LOADED
+        return "native", _loaded("cpu")
     if _requested == "native":
         raise RuntimeError(f"FASTSHAPE_BACKEND=native: {problem}")
     return "reference", problem
@@ -93,7 +115,7 @@ def _for_cuda() -> tuple[str, str]:
         return "triton", _REQUESTED
     problem = cuda.error()
     if problem is None:
-        return "native", _LOADED
+        return "native", _loaded("cuda")
     if _requested == "native":
         if torch.version.cuda and torch.cuda.is_available():
             raise RuntimeError(f"FASTSHAPE_BACKEND=native: {problem}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import json
-from pathlib import Path
 
 import torch
+
+from . import library
 
 _BUILD = (
     "build them with: pip install -U setuptools pybind11 ninja && "
@@ -18,8 +17,8 @@ _BUILD = (
 
 def _build_facts() -> dict:
     """The decision of setup.py about CUDA and its reason; empty if no kernels were built."""
-    path = Path(__file__).parent.parent / "_build_facts.json"
-    return json.loads(path.read_text())["cuda"] if path.is_file() else {}
+    path = library.PACKAGE / "_build_facts.json"
+    return json.loads(path.read_text("utf-8"))["cuda"] if path.is_file() else {}
 
 
 def mismatch(torch_cuda: str | None, facts: dict) -> str | None:
@@ -46,11 +45,14 @@ def mismatch(torch_cuda: str | None, facts: dict) -> str | None:
 @functools.cache
 def _load():
     """(module, None), or (None, the error and the remedy)."""
-    problem = mismatch(torch.version.cuda, _build_facts())
+    try:
+        problem = mismatch(torch.version.cuda, _build_facts())
+    except Exception as error:  # a damaged file may hold anything
+        return None, f"_build_facts.json is damaged ({type(error).__name__}: {error}); {_BUILD}"
     if problem is not None:
         return None, problem
     try:
-        return importlib.import_module("fastshape._C_cuda"), None
+        return library.load("_C_cuda"), None
     except ImportError as error:
         return None, f"the CUDA kernels did not load: {error}; {_BUILD}"
 
@@ -58,6 +60,11 @@ def _load():
 def error() -> str | None:
     """Why the kernels cannot be used, or None. They load without a GPU; only a call needs one."""
     return _load()[1]
+
+
+def is_stale() -> bool:
+    """Whether the kernels were not built from the sources beside the package. Call it only if `error` is None."""
+    return library.is_stale(_load()[0])
 
 
 def register() -> None:

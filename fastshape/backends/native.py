@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import functools
-import importlib
+
+from . import library
 
 
 @functools.cache
 def _load():
     """(module, None), or (None, the error and the remedy)."""
     try:
-        return importlib.import_module("fastshape._C"), None
+        return library.load("_C"), None
     except ModuleNotFoundError as error:
         if error.name != "fastshape._C":
             return None, f"the compiled kernels did not load: {error}"
+        if other := library.shadowed():
+            return None, (
+                f"fastshape was imported from {library.PACKAGE}, where no compiled kernels are built. Those of "
+                f"{other} are not used: start Python in another folder to import that fastshape, or build these "
+                f"with: {library.REMEDY}"
+            )
         return None, (
-            "the compiled kernels are not built (no compiler at installation, or FASTSHAPE_SKIP_EXT=1); "
-            "build them with: pip install -U setuptools pybind11 ninja && pip install --no-build-isolation -e ."
+            "the compiled kernels are not built (FASTSHAPE_SKIP_EXT=1, or a source tree that was not installed); "
+            f"build them with: {library.REMEDY}"
         )
     except ImportError as error:
         return None, (
-            f"the compiled kernels did not load: {error}; "
-            "build them again with: pip install -U setuptools pybind11 ninja && pip install --no-build-isolation -e ."
+            f"the compiled kernels did not load: {error}; build them again with: {library.REMEDY}"
         )
 
 
 def error() -> str | None:
     """Why the kernels cannot be used, or None."""
     return _load()[1]
+
+
+def is_stale() -> bool:
+    """Whether the kernels were not built from the sources beside the package. Call it only if `error` is None."""
+    return library.is_stale(_load()[0])
 
 
 def register() -> None:

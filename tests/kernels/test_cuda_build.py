@@ -1,8 +1,11 @@
-"""The decision to build the CUDA kernels, its reasons, and the code that nvcc generates. No GPU is needed."""
+"""The build: its C++ compiler, the decision about CUDA, its reasons, and the code that nvcc generates. No GPU is needed."""
 
+import json
 import os
+import re
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,99 @@ def setup():
     """The functions of setup.py. Nothing is installed."""
     pytest.importorskip("setuptools")
     return runpy.run_path(str(SETUP))
+
+
+# ---- the C++ compiler ----
+
+
+@pytest.fixture
+def build(tmp_path):
+    """``build(**variables)`` builds the CPU kernels in a copy of the source tree."""
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "fastshape"):
+        ignored = shutil.ignore_patterns("*.so", "_build_facts.json", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    ours = ("CC", "CXX", "FASTSHAPE_BACKEND", "FASTSHAPE_SKIP_EXT")
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+
+    def build(**variables):
+        return subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path,
+            env=clean | {"FASTSHAPE_CUDA": "0"} | variables, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    (
+        ({"CXX": "no-such-compiler -m64"}, "no C++ compiler: CXX='no-such-compiler -m64' is not there"),
+        ({"CXX": " "}, "no C++ compiler: CXX=' ' is not there"),
+        ({"PATH": "/nowhere"}, "no C++ compiler: c++ is not on PATH"),
+        ({"CXX": "false"}, "the kernels were not built, see above ("),
+    ),
+)  # fmt: skip
+def test_a_build_without_a_compiler_names_the_ways_out(build, tmp_path, variables, reason):
+    process = build(**variables)
+    assert process.returncode == 1
+    assert "Traceback" not in process.stdout + process.stderr
+    assert process.stderr.splitlines()[-1].startswith(reason)
+    assert "FASTSHAPE_SKIP_EXT=1" in process.stderr.splitlines()[-1]
+    assert not list((tmp_path / "fastshape").glob("_*.so"))
+
+
+@pytest.mark.parametrize("missing", ("torch", "pybind11"))
+def test_a_missing_package_is_named(missing):
+    code = f"""
+import sys; sys.modules[{missing!r}] = None; sys.argv = ["setup.py", "--version"]
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == {missing!r} else find(name, *more)
+import runpy; runpy.run_path({str(SETUP)!r}, run_name="__main__")
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert f"{missing} is missing: pip install {missing}. FASTSHAPE_SKIP_EXT=1" in process.stderr
+
+
+def test_a_compiler_of_one_word_stays(setup, monkeypatch, tmp_path):
+    for name in ("CC", "CXX", "TORCH_NO_COMPILER_WRAPPER"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    compiler = tmp_path / "c++"
+    compiler.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    setup["use_compiler"](str(tmp_path))
+    assert os.environ["CXX"] == "c++" and "CC" not in os.environ
+    monkeypatch.setenv("CXX", str(compiler))
+    setup["use_compiler"](str(tmp_path))
+    assert os.environ["CXX"] == str(compiler)
+    assert "TORCH_NO_COMPILER_WRAPPER" not in os.environ
+
+
+@pytest.mark.slow
+def test_a_compiler_of_two_words_builds_kernels_that_know_their_sources(build, tmp_path):
+    log = tmp_path / "log"
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec "$@"\n')
+    launcher.chmod(0o755)
+    process = build(CXX=f"{launcher} c++ -DWORD='\"a b\"'", CC=f"{launcher} cc")
+    assert process.returncode == 0, process.stderr[-3000:]
+    commands = log.read_text().splitlines()
+    assert sum(" -shared " in command for command in commands) == 1
+    assert sum(" -c " in command for command in commands) == len(list(tmp_path.glob("csrc/cpu/*.cpp"))) + 1  # fmt: skip
+    code = "import json, fastshape; print(json.dumps(fastshape.backend_info()))"
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    info = json.loads(process.stdout)
+    assert process.stderr == "" and info["reasons"]["cpu"] == "compiled kernels are loaded"
+    library = runpy.run_path(str(tmp_path / "fastshape" / "backends" / "library.py"))
+    assert info["native"]["sources"] == library["source_digest"](tmp_path)
 
 
 # ---- the decision ----
@@ -61,13 +157,46 @@ def test_architectures(setup):
     assert choose(None, supported[:3]) == ["7.5", "8.0", "9.0+PTX"]
     assert choose("8.0;9.0a+PTX", supported) == ["8.0", "9.0a+PTX"]
     assert choose("8.6 12.0", supported) == ["8.6", "12.0"]
-    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST='Hopper'.*compute capability"):
-        choose("Hopper", supported)
+    for wrong in ("Fermi", "Hoper", "8", "9.0+ptx", "Ampere+PTX", " ", ";", " ; ", "8.0;sm_90"):
+        with pytest.raises(
+            SystemExit, match=re.escape(f"TORCH_CUDA_ARCH_LIST={wrong!r}: ") + ".* no compute cap"
+        ):
+            choose(wrong, supported)
+    assert choose("", supported) == choose(None, supported)
     assert flags(["8.0", "9.0+PTX"]) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
+    assert flags(["8.6", "8.6+PTX"]) == [
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_86,code=compute_86",
+    ]
+
+
+TORCH_NAMES = (
+    "Maxwell", "Maxwell+Tegra", "Pascal", "Volta", "Volta+Tegra", "Turing", "Ampere", "Ampere+Tegra", "Ada", "Hopper",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "requested", (*TORCH_NAMES, "Turing;Ampere", "7.5 Ampere Hopper", "8.0;9.0+PTX", "8.6 Ampere")
+)
+def test_architectures_are_those_of_torch(setup, monkeypatch, requested):
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", requested)
+    flags = setup["architecture_flags"](setup["choose_architectures"](requested, []))
+    assert sorted(flags) == sorted(set(cpp_extension._get_cuda_arch_flags()))
+
+
+def test_native_architectures_are_those_of_the_visible_gpus(setup, monkeypatch):
+    capabilities = [(12, 0), (9, 0), (12, 0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    assert setup["visible_architectures"]() == "9.0;12.0+PTX"
+    capabilities.clear()
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST=native: no GPU is visible"):
+        setup["visible_architectures"]()
 
 
 # ---- the decision with nvcc on PATH, elsewhere and nowhere ----

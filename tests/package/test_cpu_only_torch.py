@@ -74,6 +74,7 @@ print(json.dumps([torch.__version__, fastshape.backend_info(), files, cuda._buil
     assert version == TORCH.removeprefix("torch==")
     assert (info["cpu"], info["cuda"]) == ("native", "reference")
     assert info["native"]["built_with_torch"] == version
+    assert len(info["native"]["sources"]) == 16
     assert info["reasons"]["cuda"] == "this torch has neither CUDA nor ROCm"
     assert info["native_cuda"] == {"error": "this torch has no CUDA"}
     assert built["built"] is False and built["reason"].startswith("torch has no CUDA, ")
