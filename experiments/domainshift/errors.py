@@ -1,5 +1,13 @@
 """What can go wrong, by whose fault: exit code 2 for bad input, 1 for a run that failed."""
 
+from collections.abc import Sequence
+
+
+def listing(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are: part of a message."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
 
 class BadInput(ValueError):
     """Something the user gave cannot be used. The message names it, its value and what is allowed."""

@@ -6,7 +6,7 @@ A run could end well with figures that mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,9 +28,3 @@ def nonfinite_names(tensors: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> l
         return []
     finite = torch.stack([t.detach().isfinite().all() for t in floats.values()]).tolist()
     return [name for name, good in zip(floats, finite, strict=True) if not good]
-
-
-def several(names: Sequence[str]) -> str:
-    """The first names of a list, and how many follow."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

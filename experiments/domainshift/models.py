@@ -17,7 +17,7 @@ from torchvision import models
 
 import fastshape
 from domainshift import files, finite
-from domainshift.errors import ConfigError, RecordError, WeightsError
+from domainshift.errors import ConfigError, RecordError, WeightsError, listing
 from domainshift.torch_defaults import own_defaults
 
 SLIM = "resnet18-slim"
@@ -275,9 +275,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"weights: {path} is no state dict of tensors; it holds {entries}")
     prefix = "module." if state and all(str(n).startswith("module.") for n in state) else ""
     if bad := finite.nonfinite_names(state):
-        raise WeightsError(
-            f"weights: {path} holds numbers that are not finite, in {finite.several(bad)}"
-        )
+        raise WeightsError(f"weights: {path} holds numbers that are not finite, in {listing(bad)}")
     return {str(name).removeprefix(prefix): tensor for name, tensor in state.items()}
 
 

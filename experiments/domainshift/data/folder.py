@@ -22,7 +22,7 @@ import numpy as np
 
 from domainshift.data.image_files import DECODER, SUFFIXES, common_side, decode
 from domainshift.data.images import Domain
-from domainshift.errors import DataError
+from domainshift.errors import DataError, listing
 from domainshift.files import replacing
 from domainshift.progress import Screen
 
@@ -311,12 +311,6 @@ def common_classes(root: Path, domains: Sequence[str]) -> tuple[str, ...]:
         what = f"{root}: the classes differ between domains: {'; '.join(differences)}"
         raise DataError(what + besides(root, domains))
     return tuple(sorted(union))
-
-
-def listing(names: Sequence[str]) -> str:
-    """The first five names, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
 
 
 def entries(folder: Path) -> list[os.DirEntry]:

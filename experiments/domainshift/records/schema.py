@@ -229,8 +229,8 @@ class ClaimIndex(Record):
     def _one_sound_rule(self) -> ClaimIndex:
         given = [n for n in ("rules", "trend", "collapse", "undecidable") if getattr(self, n)]
         if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"{found} given; allowed: one of rules, trend, collapse, undecidable")
+            rules = " and ".join(given) or "none"
+            raise ValueError(f"{rules} given; allowed: one of rules, trend, collapse, undecidable")
         rules_of(self)
         return self
 

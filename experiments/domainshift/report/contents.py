@@ -264,9 +264,9 @@ HOW_TO_READ = (
     "after Holm's correction over the claim. A rule that is a primary comparison has the p of that "
     f"family. Fewer than {LEAST_SEEDS} seeds decide nothing. Of twenty claims that say nothing true, about "
     "one would be decided by chance.",
-    "Choosing without target labels: a validator scores each arm of a seed by its predictions for "
-    f"{IMAGES} images of the target, evenly spaced in the data, and chooses the arm of the highest score. "
-    "Rank correlation: Spearman's, of scores and target accuracies over the arms, the mean over seeds. The "
-    "oracle chooses by target labels, so its accuracy is no result. Without saved features, DEV takes "
-    "logits.",
+    "Choosing without target labels: for each seed a validator scores all arms and chooses the one with "
+    f"the highest score. It sees the predictions for {IMAGES} images of the target, evenly spaced in the "
+    "data. Rank correlation is Spearman's, between scores and target accuracies over the arms; its mean "
+    "over seeds is shown. The oracle chooses by target labels: its accuracy is an upper bound and not a "
+    "result. Without saved features, DEV takes logits.",
 )

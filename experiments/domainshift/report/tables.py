@@ -353,11 +353,20 @@ def primary_rows(primary: Sequence[Comparison]) -> list[list[str]]:
     for c in primary:
         e = c.estimate
         value = "" if e is None else with_interval(e) if e.low is not None else signed(e.mean)
-        found, shown = ("" if v is None else f"{v:.1f}" for v in (c.smallest, c.provable))
+        smallest, provable = ("" if v is None else f"{v:.1f}" for v in (c.smallest, c.provable))
         own = e is None or e.df is None or e.df == e.n - 1
         spread = "" if e is None or e.df is None else "own" if own else "of all arms"
         rows.append(
-            [c.name, c.target, value, c.verdict_words, found, shown, str(len(c.seeds)), spread]
+            [
+                c.name,
+                c.target,
+                value,
+                c.verdict_words,
+                smallest,
+                provable,
+                str(len(c.seeds)),
+                spread,
+            ]
         )
     return rows
 

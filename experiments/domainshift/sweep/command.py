@@ -200,7 +200,7 @@ class Sweep:
         self.todo = [job for job in jobs if self.states[job.name].kind != DONE]
         self.waiting = deque(self.todo)
         self.running: dict[str, tuple[Job, State]] = {}  # with what the folder held before
-        self.leases: dict[str, Lease] = {}  # of the folders of those
+        self.leases: dict[str, Lease] = {}  # of the folders of running trainings
         self.busy: set[str] = set()  # those that another process was seen at
         self.failures: dict[str, Failure] = {}
         self.count = 0

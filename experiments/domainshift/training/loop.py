@@ -35,7 +35,7 @@ from domainshift.data.images import (
     train_transform,
 )
 from domainshift.data.pairing import epoch_order
-from domainshift.errors import ConfigError, NonFiniteError, RecordError, ShapingError
+from domainshift.errors import ConfigError, NonFiniteError, RecordError, ShapingError, listing
 from domainshift.lease import Lease
 from domainshift.methods import Method
 from domainshift.progress import Screen
@@ -223,7 +223,7 @@ def check_finite(method: Method, losses: Sequence[float], epoch: int) -> None:
             break
     modules = [module.state_dict() for module in method.trained()]
     if names := finite.nonfinite_names(item for state in modules for item in state.items()):
-        faults.append(f"at its end {finite.several(names)} are not finite")
+        faults.append(f"at its end {listing(names)} are not finite")
     if faults:
         advice = REMEDY.format(method.config)
         raise NonFiniteError(f"epoch {epoch}: {'; '.join(faults)}. {advice}")

@@ -189,9 +189,9 @@ class Soak:
     def compare(self, number: int, out: Path, expected: Path) -> None:
         """Every record whole, none twice, and all equal to the undisturbed ones."""
         names = {path.parent.name for path in expected.glob("*/training.json")}
-        found = Counter(path.parent.name for path in out.rglob("training.json"))
-        if found != Counter(names):
-            self.faults.append(f"round {number}: trainings {dict(found)}, not {sorted(names)}")
+        copies = Counter(path.parent.name for path in out.rglob("training.json"))
+        if copies != Counter(names):
+            self.faults.append(f"round {number}: trainings {dict(copies)}, not {sorted(names)}")
             return
         for name in sorted(names):
             for problem in check(out / name):
