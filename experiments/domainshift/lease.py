@@ -6,7 +6,9 @@ serve too. Its owner touches it every `BEAT` seconds.
 
 A lease has expired if its owner is a process of this machine that is gone, or if nobody touched it for
 `EXPIRY` seconds. Nobody removes another's lease: who finds it expired creates the file of the next
-number, so that of two who find it one succeeds.
+number, so that of two who find it one succeeds. That file names the lease it follows. One who looked
+too early and creates a file of the next number follows a lease that is no longer there; it withdraws,
+and no owner takes the file for a loss.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -26,6 +28,7 @@ from domainshift.errors import ConfigError, RecordError
 
 BEAT = 20.0  # seconds
 EXPIRY = 300.0  # seconds
+WRITTEN = 2.0  # seconds within which a file that was created has its contents
 
 
 class Busy(ConfigError):
@@ -45,6 +48,7 @@ class Owner:
         birth: when the system started the process, in its own units; "" where it does not tell.
         since: seconds since the epoch, by the owner's clock.
         token: of this lease; no other has it.
+        follows: the token of the expired lease that this one follows; "" without one.
     """
 
     host: str
@@ -53,6 +57,7 @@ class Owner:
     birth: str
     since: float
     token: str
+    follows: str = ""
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}, for {age(time.time() - self.since)}"
@@ -172,15 +177,18 @@ class Lease:
     def confirm(self) -> None:
         """Raises Lost where another process has taken the lease over."""
         owner = owner_of(self.path)
-        if (
-            owner is None
-            or owner.token != self.token
-            or path_of(self.folder, self.number + 1).exists()
-        ):
+        if owner is None or owner.token != self.token or self._is_followed():
             raise Lost(
                 f"{self.folder} was taken over by {holder(self.folder) or 'another process'}: this one "
                 f"did not touch its lease for {EXPIRY:.0f} s. Nothing more is written here"
             )
+
+    def _is_followed(self) -> bool:
+        """Whether another process holds the lease after this one."""
+        path, end = path_of(self.folder, self.number + 1), time.monotonic() + WRITTEN
+        while (after := owner_of(path)) is NOBODY and time.monotonic() < end:
+            time.sleep(0.01)
+        return after is NOBODY or (after is not None and after.follows == self.token)
 
     def release(self) -> None:
         """Let go of the folder. A second call, and one after a loss, do nothing."""
@@ -228,7 +236,8 @@ def take(folder: Path) -> Lease:
         path = path_of(folder, number)
         try:
             with open(path, "xb") as file:
-                file.write(json.dumps(asdict(own)).encode())
+                mine = replace(own, follows=before.token) if before else own
+                file.write(json.dumps(asdict(mine)).encode())
         except FileExistsError:
             owner = owner_of(path)
             if owner is None:  # released just now

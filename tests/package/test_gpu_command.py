@@ -368,7 +368,7 @@ def test_a_process_over_its_limit_is_killed_and_its_records_are_kept(tmp_path):
     child += f"open({str(pid)!r}, 'w').write(str(p.pid)); time.sleep(60)"
     start = time.monotonic()
     outcome = gpu.run(writes({"kind": "test"}, {"kind": "speed"}, then=child), 3, records.append)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50
     assert outcome["state"] == "cut" and "output" in outcome["output"]
     assert records == [{"kind": "test"}, {"kind": "speed"}]
     state = Path(f"/proc/{pid.read_text()}/stat")
