@@ -23,7 +23,7 @@ from domainshift.records.results import MANY_SKIPPED, Result, percent
 from domainshift.records.schema import Row, Versions
 from domainshift.records.validate import config_of, method_of_record
 from domainshift.report import switches
-from domainshift.report.comparisons import Matchups, counted, place
+from domainshift.report.comparisons import Matchups, counted, place, share_text
 from domainshift.report.study import Arm, Study
 
 # In the order of the report: what a rule asks of a result, or of two arms that are compared.
@@ -353,7 +353,7 @@ def skipped(trainings: Sequence[Result]) -> Iterator[str]:
         if part > MANY_SKIPPED * whole
     ]
     if many:
-        yield f"Trainings that skipped more than {MANY_SKIPPED:.0%} of their updates: {some(many)}."
+        yield f"Trainings that skipped more than {share_text(MANY_SKIPPED)} of their updates: {some(many)}."
 
 
 def some(texts: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from domainshift import files
 from domainshift.errors import BadInput
+from domainshift.progress import show_any_name
 from domainshift.report import audit, contents, dictionary, render
 from domainshift.report.comparisons import matchups
 from domainshift.report.study import read_study
@@ -27,8 +28,9 @@ FAILED, BAD_INPUT = 1, 2  # exit statuses
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the audit fails (the page is written and says so), 2 bad input."""
+    show_any_name()
     parser = argparse.ArgumentParser(
-        prog="report.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+        prog="report.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument(
         "folder", type=Path, nargs="?", help="of a suite, or any folder of run folders"
@@ -64,7 +66,7 @@ def report(folder: Path, out: Path | None) -> int:
     built = contents.build(read_study(folder))
     out = out or folder / "report.html"
     for suffix, text_of in render.FILES.items():
-        files.write_bytes(out.with_suffix(suffix), text_of(built).encode())
+        files.write_bytes(out.with_suffix(suffix), text_of(built).encode(errors="backslashreplace"))
     print(f"{contents.progress(built.study)}; {out}, and .md, .tex, .csv beside it")
     if built.audit.passes:
         return 0

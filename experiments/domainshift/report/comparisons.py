@@ -10,14 +10,16 @@ nothing more. A mean over pairs can hide that one pair gains what another loses,
 verdict.
 
 Where the arms of a table spread alike, the standard error comes from all of them (see
-`domainshift.report.statistics.pooled`).
+`domainshift.report.statistics.pooled`). Each training counts once there, however many tests it has:
+what its tests have in common would pass for agreement of several arms. The difference of two tests of
+one training has a spread of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -173,20 +175,40 @@ def over_seeds(
     return None if any(v is None for row in values for v in row) else [mean(row) for row in values]
 
 
-def pool_of(table: Table | None, seeds: Sequence[int], pairs: Sequence[Pair]) -> Pool | None:
-    """The common spread of the arms of a table. Arms that lack one of these seeds or pairs are left out."""
-    if table is None:
+def pool_of(
+    table: Table | None, arms: Sequence[Arm], seeds: Sequence[int], pairs: Sequence[Pair]
+) -> Pool | None:
+    """The common spread of the arms of a table, for a sum of `arms`.
+
+    Arms that lack one of these seeds or pairs are left out. Of several tests of one training one
+    counts: that of an arm of the sum, else the first. None where two of the sum test one training.
+    """
+    keys = [(*pair, seed) for pair in pairs for seed in seeds]
+    names = frozenset(arm.name for arm in arms)
+    if table is None or len(independent(arms, names, keys)) < len(arms):
         return None
-    return _pool(table, tuple(seeds), tuple(pairs))
+    return _pool(table, names, tuple(seeds), tuple(pairs))
 
 
 @functools.lru_cache(maxsize=4096)
-def _pool(table: Table, seeds: tuple[int, ...], pairs: tuple[Pair, ...]) -> Pool | None:
-    rows = []
-    for arm in table.compared:
-        if all((*pair, seed) in arm.results for pair in pairs for seed in seeds):
-            rows.append(over_seeds(arm.results, FIGURE, seeds, pairs))
-    return pooled(rows)
+def _pool(
+    table: Table, names: frozenset[str], seeds: tuple[int, ...], pairs: tuple[Pair, ...]
+) -> Pool | None:
+    keys = [(*pair, seed) for pair in pairs for seed in seeds]
+    arms = independent(table.compared, names, keys)
+    return pooled([over_seeds(arm.results, FIGURE, seeds, pairs) for arm in arms])
+
+
+def independent(arms: Iterable[Arm], names: Collection[str], keys: Collection[Key]) -> list[Arm]:
+    """The arms that have all these results, each with trainings of its own; those in `names` first."""
+    whole = [arm for arm in arms if all(key in arm.results for key in keys)]
+    kept, known = [], set()
+    for arm in sorted(whole, key=lambda arm: arm.name not in names):
+        trainings = {arm.training(key) for key in keys}
+        if not trainings & known:
+            kept.append(arm)
+            known |= trainings
+    return kept
 
 
 # --- what comes out ---------------------------------------------------------------------------
@@ -266,10 +288,13 @@ class Comparison(NamedTuple):
         verdict = self.verdict
         if verdict is None:
             return ""
+        equal = ""
+        if self.adjusted_equal is not None and self.adjusted_equal < ALPHA:
+            equal = f"equal within {self.margin:g} points (p {p_text(self.adjusted_equal)})"
         if verdict in (Verdict.HIGHER, Verdict.LOWER):
-            return f"{verdict} (p {p_text(self.adjusted)})"
+            return f"{verdict} (p {p_text(self.adjusted)})" + (f", and {equal}" if equal else "")
         if verdict == Verdict.EQUAL:
-            return f"equal within {self.margin:g} points (p {p_text(self.adjusted_equal)})"
+            return equal
         if verdict == Verdict.UNDECIDED:
             seeds = f"{NUMBERS.get(len(self.seeds), len(self.seeds))} seeds"
             words = f"undecided: {seeds} cannot say"
@@ -319,6 +344,11 @@ def p_text(p: float | None) -> str:
     return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def share_text(share: float) -> str:
+    """'95 %'; the page writes percent in this way alone."""
+    return f"{100 * share:.0f} %"
+
+
 def compare(
     arm: Arm, reference: Arm, table: Table | None = None, pairs: Sequence[Pair] | None = None
 ) -> Comparison:
@@ -342,7 +372,7 @@ def compare(
     )
     difference = estimate(
         [a - b for a, b in zip(ours, theirs, strict=True)],
-        pool=pool_of(table, block.seeds, block.pairs),
+        pool=pool_of(table, (arm, reference), block.seeds, block.pairs),
         scale=math.sqrt(2),
     )
     return Comparison(name, arm, reference, difference, block.seeds, block.pairs, missing, left_out,
@@ -425,12 +455,13 @@ class Comparisons:
 def home_of(study: Study, names: Iterable[str], pair: Pair, seeds: Iterable[int]) -> Table | None:
     """The table with these arms, by name, whose spread a comparison of them may use.
 
-    Of several the one with most arms that have all these seeds on the pair; of equals the first.
+    Of several the one with most arms that have all these seeds on the pair, each with trainings of its
+    own; of equals the first.
     """
     names, keys = set(names), [(*pair, seed) for seed in seeds]
 
     def arms(table: Table) -> int:
-        return sum(all(key in arm.results for key in keys) for arm in table.compared)
+        return len(independent(table.compared, names, keys))
 
     homes = [t for t in study.tables if names <= {arm.name for arm in t.compared}]
     return max(homes, key=arms, default=None)

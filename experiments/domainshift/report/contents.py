@@ -15,10 +15,18 @@ from domainshift.report import figures, findings, published, switches
 from domainshift.report.audit import Audit, audit
 from domainshift.report.choices import IMAGES, Choices, choices_of
 from domainshift.report.claims import LEAST_SEEDS, Claim, claims_of
-from domainshift.report.comparisons import ALPHA, EXACT, Comparisons, counted, matchups
+from domainshift.report.comparisons import (
+    ALPHA,
+    EXACT,
+    Comparisons,
+    counted,
+    matchups,
+    share_text,
+)
 from domainshift.report.statistics import AGREE, LEVEL, POWER
 from domainshift.report.study import Study, Table
 from domainshift.report.tables import (
+    LOSSES,
     PM,
     Grid,
     Line,
@@ -29,6 +37,14 @@ from domainshift.report.tables import (
 )
 
 MANY_PAIRS = 4  # with more, the main table shows means over pairs, and the details each pair
+REPORTS_UNIT = (
+    "In the reports' unit: the sum of the mean losses of batches over the number of images, which is about "
+    "the mean cross-entropy divided by the batch size."
+)
+LOSSES_OF_A = (
+    " The eight losses that report A shows are in the report alone: published.csv, which this page takes its "
+    "published figures from, has no loss."
+)
 WITHHELD = "No finding is drawn while the audit fails."
 
 
@@ -51,6 +67,17 @@ class Section(NamedTuple):
     def details(self) -> Grid:
         """Everything there is to say, an arm and a pair a row."""
         return grid_of(self.lines, self.verdicts)
+
+    @property
+    def losses(self) -> Grid:
+        """Losses on the target after the last epoch, an arm and a pair a row."""
+        return grid_of([line for line in self.lines if line.pair and line.results], False, LOSSES)
+
+    @property
+    def losses_note(self) -> str:
+        """What a reader must know of the losses, and where the published ones are."""
+        note = f"After {PM} stands the standard deviation over seeds. {REPORTS_UNIT}"
+        return note + LOSSES_OF_A * any(x.startswith("report-A") for x in self.table.published)
 
 
 class Report(NamedTuple):
@@ -149,7 +176,10 @@ def limits_of(results: Sequence[Result]) -> list[str]:
 
     def with_share(counts: Counter[str]) -> list[str]:
         share = {text: f" (in {n} of {len(results)} runs)" for text, n in counts.items()}
-        return [text + ("" if n == len(results) else share[text]) for text, n in counts.items()]
+        return [
+            text.rstrip(".") + ("" if n == len(results) else share[text])
+            for text, n in counts.items()
+        ]
 
     departed = with_share(
         Counter(text for result in results for text in switches.departures(result))
@@ -160,7 +190,8 @@ def limits_of(results: Sequence[Result]) -> list[str]:
             "No epoch is selected on source images, and no column shows one: none are held out for it "
             "(holdout 0), as in the published protocols."
         )
-    return limits + with_share(Counter(w for result in results for w in result.training.warnings))
+    warned = with_share(Counter(w for result in results for w in result.training.warnings))
+    return limits + [f"{warning}." for warning in warned]
 
 
 def versions_of(results: Iterable[Result]) -> list[str]:
@@ -232,7 +263,7 @@ HOW_TO_READ = (
     "Accuracy is in percent of the target's images, after the last epoch, as in the published reports. "
     f"After {PM} stands the sample standard deviation over seeds.",
     "Minus baseline: the difference in percentage points, paired by seed and by source-target pair, "
-    f"and half its {LEVEL:.0%} t interval over seeds. Only runs that both arms have enter; the others "
+    f"and half its {share_text(LEVEL)} t interval over seeds. Only runs that both arms have enter; the others "
     "are counted as missing. A mean over pairs is taken within each seed first, over pairs that every "
     "seed in it has. Runs that would make seeds unlike are counted as left out: as few as possible, "
     f"which is searched for in full up to {EXACT} pairs, and step by step beyond. A difference over "
@@ -243,27 +274,33 @@ HOW_TO_READ = (
     "Verdicts: a suite declares at most six primary comparisons before its runs. On each target they "
     f"are one family. Higher or lower: Holm's p over the family is below {ALPHA}. Equal: two one-sided "
     f"tests, after Holm too, put the difference within the suite's margin. Otherwise these seeds cannot "
-    f"say, and the page names the difference that they would find with a probability of {POWER:.0%}. "
+    f"say, and the page names the difference that they would find with a probability of {share_text(POWER)}. "
     "Confounded comparisons, which differ in more than the method, get none. All other comparisons "
     "explore: they have an interval and no verdict.",
     "Standard errors: where the arms of a table spread alike (Bartlett's test on residuals about the "
-    f"arms and seeds, p at least {AGREE:g}), all of them give the standard deviation; a difference that "
-    "spreads more than it says (F test) has its own. Simulated with five seeds and no effect, a study "
-    "then has a false verdict in 5 of 100 cases, and in 7 to 10 where one arm spreads two or three "
-    "times as much as the others.",
-    f"Test set alone: Wilson's {LEVEL:.0%} interval of the mean k of n. So far other test images alone "
+    f"arms and seeds, p at least {AGREE:g}), all of them give the standard deviation, by one test "
+    "of each training. A difference that spreads more than it says (F test) has its own, and so has that of two "
+    "tests of one training. Simulated with five seeds and no effect, a study then has a false verdict in 5 of "
+    "100 cases, and in 7 to 10 where one arm spreads two or three times as much as the others.",
+    f"Test set alone: Wilson's {share_text(LEVEL)} interval of the mean k of n. So far other test images alone "
     "could move the figure, however many seeds there are.",
     "Epoch selected on source: accuracy on the target at the epoch that is best on held-out source "
     "images. Oracle: at the epoch that is best on the target; it uses the labels and is no result. Both "
     "need tests after several epochs (--evaluate each).",
     "Largest class: what always answering the target's most frequent class scores. Flags: runs that "
-    f"call one class more than {100 * NEARLY_ALL:.0f} % of the images, with the largest such share, and "
+    f"call one class more than {share_text(NEARLY_ALL)} of the images, with the largest such share, and "
     "switches beside those of the method in which an arm differs from its reference.",
-    "Claims: each has a rule, stated in the suite before its runs. A claim holds if all its rules hold on "
-    f"all their targets, each with p below {ALPHA}. It is contradicted if one is decided the other way, "
-    "after Holm's correction over the claim. A rule that is a primary comparison has the p of that "
-    f"family. Fewer than {LEAST_SEEDS} seeds decide nothing. Of twenty claims that say nothing true, about "
-    "one would be decided by chance.",
+    "Claims: each has a rule, stated in the suite before its runs. The t test of zero decides a rule with > "
+    "or <. A rule with = is true within the margin: two one-sided tests show that it holds, and a t test of "
+    "being within the margin contradicts it. A rule with != is true of every difference but zero: the t test "
+    "of zero shows that it holds, and two one-sided tests contradict it. A small difference may be not zero "
+    "and within the margin; then both hold. Of the sums between 'or' one must hold, and the p is multiplied "
+    "by their number.",
+    f"A claim holds if all its rules hold on all their targets, each with p below {ALPHA}. It is contradicted "
+    "if one is decided the other way, after Holm's correction over the claim. A rule that is a primary "
+    f"comparison has the p of that family. Fewer than {LEAST_SEEDS} seeds decide nothing, and a claim waits "
+    "for runs on all its targets. Of twenty claims that say nothing true, about one would be decided by "
+    "chance.",
     "Choosing without target labels: for each seed a validator scores all arms and chooses the one with "
     f"the highest score. It sees the predictions for {IMAGES} images of the target, evenly spaced in the "
     "data. Rank correlation is Spearman's, between scores and target accuracies over the arms; its mean "

@@ -13,6 +13,7 @@ from domainshift.report.comparisons import (
     Verdict,
     by_name,
     counted,
+    share_text,
     signed,
     with_interval,
 )
@@ -102,7 +103,7 @@ def against_published(arm: Arm, pair: Pair, published: Published) -> str | None:
     if limits is None:
         return f"{text}; {Verdict.ONE_SEED if len(values) == 1 else Verdict.NO_SPREAD}"
     low, high = max(0.0, limits[0]), min(100.0, limits[1])  # of percent
-    where = f"{low:.1f} to {high:.1f} where one more seed of ours would lie, at {LEVEL:.0%}"
+    where = f"{low:.1f} to {high:.1f} where one more seed of ours would lie, at {share_text(LEVEL)}"
     if published.doubts:
         return f"{text}; beside the {where}"
     inside = low <= published.accuracy <= high
@@ -121,7 +122,7 @@ def beside_published(entries: Sequence[tuple[Arm, Pair, Published]]) -> list[str
     judged = sum(": inside" in text or ": outside" in text for text in sentences)
     if judged > 1:
         sentences.append(
-            f"Each of the {judged} figures is held against an interval of its own at {LEVEL:.0%}: of "
+            f"Each of the {judged} figures is held against an interval of its own at {share_text(LEVEL)}: of "
             f"as many runs like ours about {judged * (1 - LEVEL):.1f} lie outside by chance."
         )
     return sentences
@@ -136,7 +137,7 @@ def collapsed(arms: Sequence[Arm]) -> list[str]:
         if those:
             part = f"{len(those)} of {counted(len(shares), 'run')}"
             sentences.append(
-                f"{arm.name}: {part} call one class more than {100 * NEARLY_ALL:.0f} % of the images"
+                f"{arm.name}: {part} call one class more than {share_text(NEARLY_ALL)} of the images"
             )
     return sentences
 

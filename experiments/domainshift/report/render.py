@@ -7,7 +7,7 @@ import csv
 import functools
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +38,11 @@ MAPS = 3  # pictures of maps
 MAP_WIDTH = 1700  # pixels: those of maps.png, whose squares a smaller size would blur
 FAILURES = 10  # in the banner
 
-PARTS = {
+PARTS = {  # by the id of the section, in the order of the page; tables follow the claims
+    "main": "Main findings",
+    "limits": "What these figures are not",
     "claims": "Published claims",
+    "confusions": "Which classes the primary arms confuse",
     "choices": "Choosing without target labels",
     "findings": "All findings",
     "cost": "What it cost",
@@ -105,12 +108,13 @@ def rendered(suffix: str, report: Report, **values: Any) -> str:
 
 
 def markdown(report: Report) -> str:
+    study = report.study
     text = rendered(
         "md",
         report,
-        choices=[choice_row(choice) for choice in report.choices.rows],
-        choice_headings=CHOICE_HEADINGS,
-        versions=contents.versions_of(list(report.study.results.values())),
+        choices=[choice_row(choice, study) for choice in report.choices.rows],
+        choice_headings=choice_headings(study),
+        versions=contents.versions_of(list(study.results.values())),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -190,9 +194,12 @@ def page(report: Report) -> str:
         f"Written by rule from the records. {len(compared.primary)} primary comparisons, targets told "
         f"apart, share Holm's correction; {len(compared.exploratory)} explore."
     )
+    confusions = figures.confusions(study, compared.primary) if passes else []
+    cost = figures.cost(study)
     return rendered(
         "html",
         report,
+        links=links(report, {"confusions": confusions, "cost": cost}),
         style=(TEMPLATES / "style.css").read_text(),
         parts=PARTS,
         banner=banner(report),
@@ -201,19 +208,38 @@ def page(report: Report) -> str:
         forest=figures.forest(compared.primary) if passes else None,
         primary_headings=PRIMARY_HEADINGS,
         primary=primary_rows(compared.primary) if passes else [],
-        confusions=figures.confusions(study, compared.primary) if passes else [],
-        choices=[choice_row(choice) for choice in report.choices.rows],
-        choice_headings=[(name, "n" if name in CHOICE_NUMBERS else "") for name in CHOICE_HEADINGS],
+        confusions=confusions,
+        choices=[choice_row(choice, study) for choice in report.choices.rows],
+        choice_headings=[
+            (name, "n" if name in CHOICE_NUMBERS else "") for name in choice_headings(study)
+        ],
         maps=maps(study),
         density=figures.density(results),
         distances=figures.random_densities(results),
-        cost=figures.cost(study),
+        cost=cost,
         rules=rules(report),
         runs=filled(RUN_HEADINGS, [run_row(result) for result in results]),
         runs_line=f"{counted(len(results), 'finished run')} of "
         f"{counted(len(figures.trainings(results)), 'training')}, {seconds / 3600:.2f} h together.",
         versions=contents.versions_of(results),
     )
+
+
+def links(report: Report, drawn: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Id and title of every section of the page.
+
+    Args:
+        drawn: what sections that may be empty show, by id.
+    """
+    there = drawn | {
+        "limits": report.limits,
+        "claims": report.claims,
+        "choices": report.choices.rows or report.choices.notes,
+    }
+    parts = [(name, title) for name, title in PARTS.items() if there.get(name, True)]
+    tables = [(f"table-{s.table.name}", s.table.title) for s in report.sections]
+    before = [part for part in parts if part[0] in ("main", "limits", "claims")]
+    return before + tables + parts[len(before) :]
 
 
 CHOICE_HEADINGS = (
@@ -223,14 +249,19 @@ CHOICE_HEADINGS = (
 CHOICE_NUMBERS = ("Rank correlation", "Accuracy", "Its accuracy")
 
 
-def choice_row(choice: Choice) -> list[str]:
+def choice_headings(study: Study) -> list[str]:
+    where = f"Source {ARROW} target" if len(study.sources) > 1 else "Target"
+    return [where if name == "Target" else name for name in CHOICE_HEADINGS]
+
+
+def choice_row(choice: Choice, study: Study) -> list[str]:
     def most(arm: tuple[str, int]) -> str:
         return arm[0] if choice.seeds == 1 else f"{arm[0]} ({arm[1]} of {choice.seeds} seeds)"
 
     correlation = "" if choice.correlation is None else f"{choice.correlation:+.2f}"
     return [
         choice.table,
-        choice.pair[1],
+        f" {ARROW} ".join(choice.pair) if len(study.sources) > 1 else choice.pair[1],
         choice.validator,
         correlation.replace("-", "\N{MINUS SIGN}"),
         most(choice.chosen),

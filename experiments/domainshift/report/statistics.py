@@ -35,7 +35,7 @@ class Pool(NamedTuple):
 
     sd: standard deviation of one result about the means of its arm and of its seed
     df: degrees of freedom, (arms - 1) * (seeds - 1)
-    arms: how many arms it comes from
+    arms: how many arms it comes from, each of trainings of its own
     """
 
     sd: float
@@ -45,6 +45,8 @@ class Pool(NamedTuple):
 
 def pooled(rows: Sequence[Sequence[float]]) -> Pool | None:
     """The common spread of arms, a row each of one value a seed (randomized blocks: seeds are blocks).
+
+    The rows must be independent but for what a seed adds to all: two tests of one training are not.
 
     None for fewer than three arms or three seeds, for values without spread, and where the arms'
     spreads differ: where Bartlett's test has p < `AGREE`. (Levene's about the medians finds nothing in
@@ -122,6 +124,20 @@ def equivalence(e: Estimate, margin: float) -> float | None:
     student = stats.t(e.df)
     return float(
         max(student.sf((e.mean + margin) / e.error), student.cdf((e.mean - margin) / e.error))
+    )
+
+
+def beyond(e: Estimate, margin: float) -> float | None:
+    """p of the mean being no more than `margin` from zero: a t test of both ends of that interval.
+
+    Where the true mean is `margin`, an estimate as far from zero on either side has this probability.
+    With a margin of zero it is the two-sided p. None where the estimate has no error.
+    """
+    if e.error is None:
+        return None
+    student, far = stats.t(e.df), abs(e.mean)
+    return float(
+        min(1.0, student.sf((far - margin) / e.error) + student.sf((far + margin) / e.error))
     )
 
 

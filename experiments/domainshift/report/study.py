@@ -31,6 +31,7 @@ from domainshift.records.schema import (
 )
 from domainshift.records.validate import Problem, read_result
 from domainshift.report import switches
+from domainshift.report.checked import check
 
 Key = tuple[str, str, int]  # source, target, seed
 Pair = tuple[str, str]  # source, target
@@ -59,6 +60,10 @@ class Arm:
         """The results of a source-target pair, by seed."""
         keys = ((*pair, seed) for seed in self.seeds(pair))
         return [self.results[key] for key in keys if key in self.results]
+
+    def training(self, key: Key) -> str:
+        """The folder of the training that a planned result is a test of."""
+        return self.planned[key].rpartition("/")[0]
 
     @property
     def one(self) -> Result | None:
@@ -117,6 +122,14 @@ class Study:
         return {name: merged(same) for name, same in by_name.items()}
 
     @functools.cached_property
+    def sources(self) -> set[str]:
+        return {source for table in self.tables for source, _ in table.pairs}
+
+    def called(self, pair: Pair) -> str:
+        """A pair in words: its target, and its source too where the suite has several."""
+        return pair[1] if len(self.sources) < 2 else " to ".join(pair)
+
+    @functools.cached_property
     def missing(self) -> list[str]:
         """Planned results of which there is no record to use, whatever the reason."""
         return [name for name in self.planned if name not in self.results]
@@ -128,14 +141,16 @@ class Study:
 
 
 def read_study(folder: Path) -> Study:
-    """All records below `folder`, in their tables. Raises SuiteError."""
+    """All records below `folder`, in their tables. Raises SuiteError, also for a suite.json at fault."""
     if not folder.is_dir():
         raise SuiteError(f"{folder} is no folder; the folder of a suite is needed")
     if (folder / SUITE).exists():
         try:
-            return planned_study(folder, read_record(folder / SUITE, SuiteIndex))
+            index = read_record(folder / SUITE, SuiteIndex)
         except RecordError as error:
-            raise SuiteError(str(error)) from None
+            raise SuiteError(" ".join(str(error).split())) from None
+        check(index)
+        return planned_study(folder, index)
     results, problems = records(folder)
     results = {name: r for name, r in results.items() if is_of_target(r)}
     if not results and not problems:
@@ -264,22 +279,18 @@ def indexed(
             by_name.setdefault(arm.name, []).append(arms[table.name, arm.name])
     whole = {name: merged(same) for name, same in by_name.items()}
     tables, left = [], list(index.primary)
-    try:
-        for table in index.tables:
-            own = {arm.name: arms[table.name, arm.name] for arm in table.arms}
-            first = [pair for pair in left if pair[0] in own]
-            left = [pair for pair in left if pair not in first]
-            baseline = None if table.baseline is None else whole[table.baseline]
-            compare = [
-                (own.get(a) or whole[a], own.get(b) or whole[b])
-                for a, b in dict.fromkeys([*first, *table.compare])
-            ]
-            tables.append(Table(table.name, table.title, list(own.values()), table.note,
-                                table.published, baseline, compare))  # fmt: skip
-        primary = [(whole[a], whole[b]) for a, b in index.primary]
-    except KeyError as error:
-        raise SuiteError(f"{SUITE}: {error} is named, and is no arm") from None
-    return tables, primary
+    for table in index.tables:
+        own = {arm.name: arms[table.name, arm.name] for arm in table.arms}
+        first = [pair for pair in left if pair[0] in own]
+        left = [pair for pair in left if pair not in first]
+        baseline = None if table.baseline is None else whole[table.baseline]
+        compare = [
+            (own.get(a) or whole[a], own.get(b) or whole[b])
+            for a, b in dict.fromkeys([*first, *table.compare])
+        ]
+        tables.append(Table(table.name, table.title, list(own.values()), table.note,
+                            table.published, baseline, compare))  # fmt: skip
+    return tables, [(whole[a], whole[b]) for a, b in index.primary]
 
 
 def merged(arms: Sequence[Arm]) -> Arm:

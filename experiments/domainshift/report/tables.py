@@ -15,6 +15,7 @@ from domainshift.report.comparisons import (
     Verdict,
     counted,
     over_seeds,
+    share_text,
     signed,
     with_interval,
 )
@@ -212,7 +213,7 @@ def flags_text(line: Line) -> str:
     total = counted(len(line.results), "run")
     flags = []
     if shares:
-        flags = [f"one class for {100 * max(shares):.0f} % in {len(shares)} of {total}"]
+        flags = [f"one class for {share_text(max(shares))} in {len(shares)} of {total}"]
     beside: dict[str, list[str]] = {}
     for c in ([line.comparison] if line.comparison else []) + list(line.controls):
         if c.confounds:
@@ -256,9 +257,30 @@ class Grid(NamedTuple):
     lines: list[Line]
 
 
-def grid_of(lines: Sequence[Line], verdicts: bool) -> Grid:
+def loss(name: str) -> Callable[[Line], str]:
+    """What a cell says of a loss of the summaries: four digits, for in the reports' unit it is small."""
+
+    def text(line: Line) -> str:
+        values = line.values(name) if line.pair else None
+        if not values:
+            return ""
+        sd = spread(values)
+        return f"{mean(values):.4f}" + ("" if sd is None else f" {PM} {sd:.4f}")
+
+    return text
+
+
+LOSSES = (
+    Column("Arm", lambda line: line.arm.name, "arm"),
+    Column(f"Source {ARROW} target", where_text, "pair"),
+    Column("Mean cross-entropy", loss("target_loss")),
+    Column("In the reports' unit", loss("target_batch_loss")),
+)
+
+
+def grid_of(lines: Sequence[Line], verdicts: bool, columns: Sequence[Column] = COLUMNS) -> Grid:
     """Columns that say nothing in any line are left out, and that of verdicts unless `verdicts`."""
-    columns = [column for column in COLUMNS if verdicts or column.text is not verdict_text]
+    columns = [column for column in columns if verdicts or column.text is not verdict_text]
     texts = [[column.text(line) for column in columns] for line in lines]
     kept = [i for i in range(len(columns)) if any(row[i] for row in texts)]
     rows = [[row[i] for i in kept] for row in texts]
@@ -349,7 +371,7 @@ PRIMARY_HEADINGS = (
 
 def primary_rows(primary: Sequence[Comparison]) -> list[list[str]]:
     """A row of `PRIMARY_HEADINGS` for each primary comparison on each target."""
-    rows = []
+    rows, several = [], len({source for c in primary for source, _ in c.pairs}) > 1
     for c in primary:
         e = c.estimate
         value = "" if e is None else with_interval(e) if e.low is not None else signed(e.mean)
@@ -359,7 +381,7 @@ def primary_rows(primary: Sequence[Comparison]) -> list[list[str]]:
         rows.append(
             [
                 c.name,
-                c.target,
+                f" {ARROW} ".join(c.pairs[0]) if several else c.target,
                 value,
                 c.verdict_words,
                 smallest,
@@ -378,11 +400,13 @@ FIGURES = {
     "selected": "selected_target_accuracy",
     "oracle": "oracle_target_accuracy",
     "invalid": "invalid_test_accuracy",
+    "loss": "target_loss",
+    "batch_loss": "target_batch_loss",
 }
 
 
 def numbers(line: Line, verdicts: bool) -> dict[str, object]:
-    """A line in numbers: percent and percentage points; None where there is no figure."""
+    """A line in numbers: percent, percentage points and losses; None where there is no figure."""
     source, target = line.pair or ("mean", "mean")
     single = line.results if line.pair else []  # a mean has no k of n
     row: dict[str, object] = {

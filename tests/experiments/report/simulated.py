@@ -6,9 +6,11 @@ python simulated.py FOLDER      writes one with the effects of report B, for a l
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
-from domainshift.report import comparisons
+from domainshift.records.schema import ClaimIndex
+from domainshift.report import claims, comparisons
 from domainshift.report.comparisons import FIGURE, Comparisons
 from domainshift.report.study import Arm, Study, Table
 
@@ -110,18 +112,70 @@ def draws(seed, scale=None):
 def study_in_memory(seed, effects=None, seeds=5, scale=None, margin=None):
     """A study of figures alone, without records: for simulations of many."""
     values = draws(seed, scale)[..., :seeds]
+    figures = {
+        name: {
+            target: values[i, j] + (effects or {}).get(name, {}).get(target, 0.0)
+            for j, target in enumerate(TARGETS)
+        }
+        for i, name in enumerate(ARMS)
+    }
+    return study_of(figures, PRIMARY, margin)
+
+
+def few_trainings(seed, trainings=5, tests=2, alike=0.95):
+    """A study without effects, in memory, whose arms are `tests` tests of each of some trainings.
+
+    The tests of a training correlate by `alike`. Of each two trainings that are neighbours the first
+    tests are compared, and the last tests of the first two.
+    """
+    generator = np.random.default_rng([seed, 21])
+    own = generator.normal(size=(trainings, 1, len(TARGETS), 5)) * alike**0.5
+    own = own + generator.normal(size=(trainings, tests, len(TARGETS), 5)) * (1 - alike) ** 0.5
+    shared = generator.normal(size=(len(TARGETS), 5)) * OF_A_SEED
+    figures, training_of = {}, {}
+    for i in range(trainings):
+        for k in range(tests):
+            name = f"{'abcdefgh'[i]}{k}"
+            training_of[name] = name[0]
+            figures[name] = {
+                t: BASELINE[t] + own[i, k, j] * SPREAD[t] + shared[j] for j, t in enumerate(TARGETS)
+            }
+    first = [f"{letter}0" for letter in "abcdefgh"[:trainings]]
+    primary = [*zip(first[1:], first, strict=False), (f"b{tests - 1}", f"a{tests - 1}")]
+    return study_of(figures, primary, training_of=training_of)
+
+
+def study_of(figures, primary=(), margin=None, training_of=None):
+    """A study in memory of one table.
+
+    Args:
+        figures: by arm and target, one of each seed.
+        training_of: the training that an arm tests, where several arms test one; default: its own.
+    """
     arms = []
-    for i, name in enumerate(ARMS):
-        results = {}
-        for j, target in enumerate(TARGETS):
-            for s in range(seeds):
-                value = values[i, j, s] + (effects or {}).get(name, {}).get(target, 0.0)
-                results["art_painting", target, s] = SimpleNamespace(summary={FIGURE: value})
-        arms.append(Arm(name, dict.fromkeys(results, ""), results))
+    for name, of_targets in figures.items():
+        training = (training_of or {}).get(name, name)
+        planned, results = {}, {}
+        for target, of_seeds in of_targets.items():
+            for s, value in enumerate(of_seeds):
+                key = ("art_painting", target, s)
+                planned[key] = f"{training}-{target}-s{s}/{name}"
+                results[key] = SimpleNamespace(summary={FIGURE: float(value)})
+        arms.append(Arm(name, planned, results))
     by_name = {arm.name: arm for arm in arms}
     table = Table("shaping", "", arms, baseline=arms[0])
-    primary = [(by_name[a], by_name[b]) for a, b in PRIMARY]
-    return Study(Path(), "simulated", "", [table], {}, [], [], primary=primary, margin=margin)
+    pairs = [(by_name[a], by_name[b]) for a, b in primary]
+    return Study(Path(), "simulated", "", [table], {}, [], [], primary=pairs, margin=margin)
+
+
+def claimed(study, **claim):
+    """What becomes of a claim about a study in memory, whose arms nothing confounds."""
+    nothing = {table.name: comparisons.Matchups([], []) for table in study.tables}
+    with mock.patch.object(claims, "confounds_of", lambda *_: []):
+        outcome, why = claims.decision(
+            study, Comparisons(study, nothing, {}), ClaimIndex(says="x", **claim)
+        )
+    return outcome, why
 
 
 def compared(study):

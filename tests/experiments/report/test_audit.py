@@ -666,7 +666,7 @@ def test_skipped_updates_are_a_limit(tmp_path):
     n = len(list(folder.glob("*/training.json")))
     assert result.limits == [
         f"float16 skipped 5 of {48 * n} updates ({100 * 5 / (48 * n):.2g} %), in 2 of {n} trainings.",
-        f"Trainings that skipped more than 5% of their updates: {many.name} 6.2 %.",
+        f"Trainings that skipped more than 5 % of their updates: {many.name} 6.2 %.",
     ]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from domainshift.report import choices
 from domainshift.report.choices import choices_of
-from domainshift.report.render import page
+from domainshift.report.render import markdown, page
 from domainshift.report.study import read_study
 from domainshift.selection import Inputs
 from made_records import EXACT, exact, report_of, write_suite
@@ -96,3 +96,13 @@ def test_the_page_names_the_oracle_for_what_it_is(folder):
     text = page(report_of(folder))
     part = text.split('id="choices"')[1].split("</section>")[0]
     assert "Oracle: chosen by target labels, no result" in part and "InfoMax" in part
+
+
+def test_pairs_of_several_sources_are_named(tmp_path, monkeypatch):
+    by_mode = lambda result: Inputs(target_logits=confident(SHARES[result.training.mode]))  # noqa: E731
+    monkeypatch.setattr(choices, "inputs_of", by_mode)
+    text = EXACT.replace("sources: [art_painting]", "sources: [art_painting, photo]")
+    built = report_of(write_suite(tmp_path / "s", text, exact))
+    assert "| shaping | photo → cartoon | InfoMax (IM) |" in markdown(built)
+    assert "| Table | Source → target | Validator |" in markdown(built)
+    assert '<td class="">art_painting → sketch</td>' in page(built)

@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 from domainshift.methods import RandomMaps
-from domainshift.report import command, comparisons, findings
+from domainshift.report import command, comparisons, findings, tables
 from domainshift.report.comparisons import Comparison, Verdict, full_block, matchups
 from domainshift.report.statistics import Estimate, equivalence, holm
 from domainshift.report.study import Arm, Table, read_study
@@ -154,6 +154,47 @@ def test_the_table_with_most_arms_gives_the_spread(tmp_path):
     content["tables"] = {"few": few, **content["tables"]}
     built = report_of(write_suite(tmp_path / "s", yaml.safe_dump(content, sort_keys=False), exact))
     assert comparison(built, "random minus baseline", "cartoon").estimate.df == 4
+
+
+def test_a_training_counts_once_in_the_spread(tmp_path):
+    """AdaBN and the baseline measured anew are tests of the baseline's training."""
+    extra = """      adabn: {mode: adabn}
+      recal: {mode: baseline, bn_at_test: source}
+profiles:"""
+    text = EXACT.replace("profiles:", extra).replace(
+        "primary: [[random, baseline], [da, baseline]]",
+        "primary: [[random, adabn], [da, baseline], [adabn, baseline]]",
+    )
+    noise = {"trained": 0, "source": 2, "target": -2}
+
+    def accuracy(config, test, share):
+        own = noise[test.bn] * (config.seed - 1) if config.mode == "baseline" else 0
+        return exact(config, test, share) + own
+
+    built = report_of(write_suite(tmp_path / "s", text, accuracy))
+    for name in ("random minus adabn", "da minus baseline"):
+        assert comparison(built, name, "cartoon").estimate.df == 4  # three trainings, three seeds
+    assert comparison(built, "adabn minus baseline", "cartoon").estimate.df == 2  # its own spread
+    (table,) = built.study.tables
+    keys = [("art_painting", "cartoon", seed) for seed in range(3)]
+    kept = comparisons.independent(table.compared, {"adabn"}, keys)
+    assert [arm.name for arm in kept] == ["adabn", "random", "da"]
+
+
+def test_primary_comparisons_of_several_sources_name_the_pair(tmp_path):
+    text = EXACT.replace("sources: [art_painting]", "sources: [art_painting, photo]")
+    built = report_of(write_suite(tmp_path / "s", text, exact))
+    rows = tables.primary_rows(built.comparisons.primary)
+    assert {row[1] for row in rows} == {
+        f"{source} → {target}" for source in ("art_painting", "photo") for target in ("cartoon", "sketch")
+    }  # fmt: skip
+
+
+def test_higher_and_within_the_margin_are_both_said(built):
+    c = comparison(built, "random minus baseline", "cartoon")
+    both = c._replace(adjusted=0.01, adjusted_equal=0.02)
+    assert both.verdict == Verdict.HIGHER
+    assert both.verdict_words == "higher (p 0.010), and equal within 3 points (p 0.020)"
 
 
 def test_the_least_margin_that_could_be_shown(built):
@@ -385,7 +426,11 @@ def test_a_declared_comparison_is_one_of_its_arms_table(tmp_path):
 
 
 def test_the_difference_to_the_control_is_in_every_file(tmp_path):
-    """By seed da is 2, 4 and 6 above baseline-recal, which has what comes along with it."""
+    """By seed da is 2, 4 and 6 above baseline-recal, which has what comes along with it.
+
+    Four trainings give the spread: three that are level and da, whose residuals sum to a square of 6 on
+    6 degrees of freedom.
+    """
     gains = {("da", "source"): (2, 4, 6), ("baseline", "trained"): (8, 8, 8)}
 
     def accuracy(config, test, share):
@@ -395,13 +440,13 @@ def test_the_difference_to_the_control_is_in_every_file(tmp_path):
     folder = write_suite(tmp_path / "f", text + "profiles: {full: {}}", accuracy)
     assert command.main([str(folder)]) == 0
     files = {s: (folder / f"report.{s}").read_text() for s in ("html", "md", "tex", "csv")}
-    difference = "baseline-recal: +4.0 ± 5.0"
+    difference = "baseline-recal: +4.0 ± 2.0"
     assert difference in files["md"]
     assert difference.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}") in files["html"]
     row = next(r for r in csv.DictReader(io.StringIO(files["csv"])) if r["arm"] == "da")
     assert row["control"] == "baseline-recal"
     assert float(row["control_difference"]) == pytest.approx(4)
-    assert float(row["control_low"]) == pytest.approx(4 - 4.302653 * 2 / 3**0.5, abs=1e-4)
+    assert float(row["control_low"]) == pytest.approx(4 - 2.446912 * (2 / 3) ** 0.5, abs=1e-4)
     headings = [column.heading for column in report_of(folder).sections[0].details.columns]
     assert headings.index("Minus control") < headings.index("Minus baseline")
 

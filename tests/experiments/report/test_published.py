@@ -154,14 +154,14 @@ def test_what_is_not_known_of_a_published_figure_is_said(tmp_path):
     texts = {text.split(",")[0]: text for text in sentences}
     assert re.search(
         r"published 61\.63 \(no k of the 2344 images of cartoon gives it; the same source also has "
-        r"61\.13 \(training log, last epoch\)\); beside the [\d.]+ to [\d.]+ where .* at 95%$",
+        r"61\.13 \(training log, last epoch\)\); beside the [\d.]+ to [\d.]+ where .* at 95 %$",
         texts["p0.7"],
     )
     assert re.search(r"published 33\.28 \(its p0 is not stated\); beside the", texts["constant"])
-    assert re.search(r"published 60\.62: inside the .* would lie, at 95%$", texts["p0.6"])
+    assert re.search(r"published 60\.62: inside the .* would lie, at 95 %$", texts["p0.6"])
     assert "the same source also has 58.02" in texts["p0.5"] and ": inside" in texts["p0.5"]
     assert sentences[-1] == (
-        "Each of the 2 figures is held against an interval of its own at 95%: of as many runs like ours "
+        "Each of the 2 figures is held against an interval of its own at 95 %: of as many runs like ours "
         "about 0.1 lie outside by chance."
     )
     notes = " ".join(built.sections[0].notes)

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import re
 import xml.etree.ElementTree as ElementTree
@@ -11,7 +12,7 @@ import yaml
 from domainshift import files as disk
 from domainshift.records.results import versions
 from domainshift.records.schema import EVALUATIONS
-from domainshift.report import command, contents, findings, render
+from domainshift.report import command, contents, findings, render, statistics
 from made_records import (
     EXACT,
     GAINS,
@@ -254,6 +255,65 @@ def test_a_narrow_picture_of_maps_keeps_every_pixel(files, folder):
     (path,) = folder.glob("*/maps.png")
     kept = Image.open(path).convert("RGB")
     assert shown.size == kept.size == (1600, 400) and shown.tobytes() == kept.tobytes()
+
+
+def test_every_section_is_listed(files, tmp_path):
+    claims = "claims: {B1: {says: x, rules: [random > baseline]}}\ntables:"
+    built = report_of(
+        write_suite(tmp_path / "s", EXACT.replace("\ntables:", f"\n{claims}", 1), exact)
+    )
+    for page in (files["html"], render.page(built)):
+        links = re.findall(r'<li><a href="#([^"]*)">([^<]*)</a></li>', page)
+        ids = re.findall(r'<section id="([^"]*)"><h[23]>([^<]*)</h[23]>', page)
+        assert links == ids and len(ids) >= 11
+        assert len(ids) == page.count("<section")
+
+
+def test_limits_are_sentences(built):
+    assert len(built.limits) > 1 and all(re.search(r"[^.]\.$", text) for text in built.limits)
+    warned = {"warnings": ["one", "another."]}
+    results = [
+        dataclasses.replace(r, training=r.training.model_copy(update=warned))
+        for r in built.study.used
+    ]
+    assert contents.limits_of(results)[-2:] == ["one.", "another."]
+
+
+def test_percent_is_written_in_one_way(files, built):
+    texts = files["html"] + files["md"] + " ".join(contents.HOW_TO_READ)
+    assert not re.findall(
+        r"\d%", re.sub(r"<svg.*?</svg>|<style.*?</style>", "", texts, flags=re.DOTALL)
+    )
+    assert "95 %" in texts
+
+
+def test_losses_are_folded_below_the_table(files, built):
+    fold = (
+        files["html"]
+        .split("<summary>Test loss after the last epoch</summary>")[1]
+        .split("</details>")[0]
+    )
+    grid = built.sections[0].losses
+    assert [c.heading for c in grid.columns] == [
+        "Arm", "Source → target", "Mean cross-entropy", "In the reports' unit",
+    ]  # fmt: skip
+    results = line(built, "random", "cartoon").results
+    losses = [r.evaluation.loss for r in results]
+    row = next(row for row in grid.rows if row[:2] == ["random", "art_painting → cartoon"])
+    assert row[2] == f"{statistics.mean(losses):.4f} ± {statistics.spread(losses):.4f}"
+    ours = statistics.mean([r.evaluation.batch_loss for r in results])
+    assert row[3].startswith(f"{ours:.4f} ±") and ours < statistics.mean(losses) / 50
+    assert len(grid.rows) == 6 and "divided by the batch size" in fold and "report A" not in fold
+    rows = list(csv.DictReader(io.StringIO(files["csv"])))
+    one = next(r for r in rows if r["arm"] == "random" and r["target"] == "cartoon")
+    assert float(one["loss"]) == pytest.approx(statistics.mean(losses))
+    assert float(one["batch_loss"]) == pytest.approx(ours)
+
+
+def test_where_the_losses_of_report_a_are_is_said(tmp_path):
+    text = EXACT.replace("report-B report T2", "report-A report T1")
+    built = report_of(write_suite(tmp_path / "a", text, exact))
+    assert "The eight losses that report A shows are in the report alone" in render.page(built)
 
 
 def test_folds_are_open_in_print():

@@ -30,6 +30,13 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert error.startswith("report.py: error: cannot write") and len(error.splitlines()) == 1
 
 
+def test_a_folder_whose_name_is_not_in_utf8(tmp_path):
+    suite = SMALL.replace("seeds: [0, 1, 2]", "seeds: [0]")
+    folder = write_suite(tmp_path / "\udcff", suite)
+    command.main([str(folder)])
+    assert (folder / "report.html").exists()
+
+
 def test_the_dictionary_has_every_field_of_every_record(capsys):
     assert command.main(["--records"]) == 0
     text = capsys.readouterr().out

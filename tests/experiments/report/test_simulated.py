@@ -5,7 +5,14 @@ from collections import Counter
 import pytest
 from domainshift.report.comparisons import Verdict
 from made_records import report_of, write_suite
-from simulated import EFFECTS, SUITE, accuracy_of, compared, study_in_memory
+from simulated import (
+    EFFECTS,
+    SUITE,
+    accuracy_of,
+    compared,
+    few_trainings,
+    study_in_memory,
+)
 
 STUDIES = 200
 
@@ -27,6 +34,18 @@ def test_where_there_is_nothing_nothing_is_found(seeds):
     """At most 5 studies of 100 have a false verdict; of 200 drawn ones 15 are still compatible."""
     _, false = verdicts(seeds=seeds)
     assert false <= 0.075
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainings, tests", [(5, 2), (3, 4)])
+def test_tests_of_one_training_pass_for_no_agreement_of_arms(trainings, tests):
+    """Tests of a training that correlate by 0.95 count once in the common spread."""
+    false = 0
+    for seed in range(STUDIES):
+        primary = compared(few_trainings(seed, trainings, tests))
+        false += any(c.verdict in (Verdict.HIGHER, Verdict.LOWER) for c in primary)
+        assert all(c.estimate.df in (4, 4 * (trainings - 1)) for c in primary)
+    assert false / STUDIES <= 0.075
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import pytest
 from domainshift.report import statistics
 from domainshift.report.statistics import (
     Pool,
+    beyond,
     equivalence,
     estimate,
     holm,
@@ -207,6 +208,16 @@ def test_the_smallest_difference_is_found_with_the_stated_power(df, alpha):
     shift, bound = smallest_difference(df, alpha), stats.t(df).ppf(1 - alpha / 2)
     found = stats.nct.sf(bound, df, shift) + stats.nct.cdf(-bound, df, shift)
     assert found == pytest.approx(0.8, abs=2e-4)
+
+
+def test_beyond_a_margin_is_a_test_of_both_its_ends():
+    """Of a margin of zero it is the two-sided test; a true value at the margin is passed by chance."""
+    e = estimate([1.0, 3.0, 2.0, 4.0, 2.0])
+    assert beyond(e, 0.0) == pytest.approx(e.p)
+    above, below = (float(stats.t(4).sf((2.4 + end) / e.error)) for end in (-1.0, 1.0))
+    assert beyond(e, 1.0) == beyond(e._replace(mean=-2.4), 1.0) == pytest.approx(above + below)
+    assert beyond(e, 2.4) > 0.5 and beyond(e._replace(mean=0.0), 2.0) == 1.0
+    assert beyond(estimate([1.0]), 3.0) is None
 
 
 def test_more_seeds_find_smaller_differences():

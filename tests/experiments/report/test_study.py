@@ -182,7 +182,26 @@ def test_a_run_taken_out_of_its_table_is_named(copy):
         ("tables.0.title", [1, 2], "tables.0.title"),
         ("tables.0.published", [3], "tables.0.published.0"),
         ("tables.0.baseline", ["b"], "tables.0.baseline"),
-        ("tables.0.baseline", "nobody", "'nobody' is named, and is no arm"),
+        ("tables.0.baseline", "nobody", "table shaping: baseline: no arm 'nobody'"),
+        ("tables.0.compare", [["da", "nobody"]], "table shaping: compare: no arm 'nobody'"),
+        (
+            "tables.0.compare",
+            [["da", "da"]],
+            "compare: 'da' with itself is not allowed; allowed: two",
+        ),
+        ("tables.0.published", ["report-B report T99"], "published: 'report-B report T99' is not"),
+        ("tables.0.arms.2.cells", [], "table shaping: arm 'da' has no cells; allowed: one or more"),
+        ("tables.0.arms.2.name", "random", "table shaping: two arms are called 'random'"),
+        ("tables.0.arms.1.cells.0.training", "x" * 300, "at most 200 bytes"),
+        ("tables.0.arms.1.cells.0.training", "../x", "allowed: the name of a folder"),
+        ("tables.0.arms.1.cells.0.seed", 1, "seed 1 is random"),  # twice, of two trainings
+        ("tables.0.title", "a\0b", r"tables.0.title: 'a\x00b' is not allowed"),
+        ("tables.0.arms.1.name", "a\x1bb", "tables.0.arms.1.name: "),
+        ("tables.0.arms.1.name", "\ud800", "tables.0.arms.1.name: "),
+        ("title", "\0", "title: "),
+        ("command", "python \0", "command: "),
+        ("margin", 1e308, "margin: 1e+308 is not allowed; allowed: above 0, at most 100"),
+        ("primary", [["da", "nobody"]], "primary: no arm 'nobody'"),
         ("tables.0.arms.1.cells.0.seed", "first", "tables.0.arms.1.cells.0.seed"),
         ("tables", None, "tables"),
         ("title", None, "title"),
@@ -202,6 +221,36 @@ def test_a_suite_json_of_wrong_types_is_refused_by_place(
     assert command.main([str(tmp_path), "--audit-only"]) == 2
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) == 1
+
+
+def test_a_table_whose_only_arm_has_no_cells_is_refused(folder, tmp_path, capsys):
+    index = files.read_json(folder / "suite.json")
+    index |= {"primary": [], "tables": [index["tables"][0] | {"baseline": None}]}
+    index["tables"][0]["arms"] = [{"name": "baseline", "cells": []}]
+    files.write_json(tmp_path / "suite.json", index)
+    assert command.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "arm 'baseline' has no cells" in error and len(error.splitlines()) == 1
+
+
+def test_primary_arms_that_share_no_target_are_refused(folder, tmp_path, capsys):
+    """They would leave the family, and make the others' verdicts easier."""
+    index = files.read_json(folder / "suite.json")
+    arm = index["tables"][0]["arms"][2]
+    arm["cells"] = [
+        cell | {"target": "photo"} for cell in arm["cells"] if cell["target"] == "cartoon"
+    ]
+    files.write_json(tmp_path / "suite.json", index)
+    assert command.main([str(tmp_path)]) == 2
+    assert "primary: 'da' and 'baseline' share no source and target" in capsys.readouterr().err
+
+
+def test_two_tables_of_one_name_are_refused(folder, tmp_path, capsys):
+    index = files.read_json(folder / "suite.json")
+    index["tables"] *= 2
+    files.write_json(tmp_path / "suite.json", index)
+    assert command.main([str(tmp_path)]) == 2
+    assert "tables: two are called 'shaping'; allowed: one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, words", [("{", "half-written"), ("[]", "no SuiteIndex")])
