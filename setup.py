@@ -355,6 +355,8 @@ def extension_arguments() -> dict:
             self.force = True  # ninja knows what is up to date, headers and options included
             os.makedirs(self.build_temp, exist_ok=True)
             use_compiler(self.build_temp)
+            if not cuda["built"]:
+                self.remove_cuda_kernels()
             super().run()
             facts = {"torch": torch.__version__, "torch_abi_target": TORCH_ABI_TARGET, "cuda": cuda}
             folder = os.path.dirname(self.get_ext_fullpath("fastshape._C"))
@@ -362,6 +364,12 @@ def extension_arguments() -> dict:
             with open(target + ".part", "w") as file:
                 json.dump(facts, file, indent=2)
             os.replace(target + ".part", target)
+
+        def remove_cuda_kernels(self):
+            """Remove those of an earlier build, because a wheel packs all that lies in the folder of the build."""
+            name = "fastshape._C_cuda"
+            Path(self.build_lib, self.get_ext_filename(name)).unlink(missing_ok=True)
+            Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)  # of an editable installation
 
         def build_extensions(self):
             write_sources_header(self.build_temp)

@@ -2,10 +2,19 @@
 
 from pathlib import Path
 
+import torch
+
 from . import __version__, backend_info
 
 _PLACES = {"cpu": "on the CPU", "cuda": "on CUDA", "xpu": "on XPU", "other_devices": "elsewhere"}
 _FACTS = {"native": "kernels", "native_cuda": "CUDA kernels", "triton": "Triton"}
+
+
+def _choice(device: str, backend: str, reason: str) -> str:
+    choice = f"{backend} ({reason})"
+    if device in ("cuda", "xpu") and not torch.get_device_module(device).is_available():
+        return f"no GPU is visible; with one: {choice}"
+    return choice
 
 
 def main() -> None:
@@ -15,7 +24,7 @@ def main() -> None:
         "torch": info["torch"],
         "FASTSHAPE_BACKEND": info["requested"],
         **{
-            _PLACES[device]: f"{info[device]} ({reason})"
+            _PLACES[device]: _choice(device, info[device], reason)
             for device, reason in info["reasons"].items()
         },
         "threads": info["threads"],
