@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .bitmask import BitMask
-from .functional import GRADIENTS, _checked_mask, _checked_x, _Unbatched, apply
+from .functional import _checked_mask, _checked_x, _Unbatched, apply
 from .layout import MEMORY_FORMATS, memory_format_name
-from .modules import AT_EVAL
-from .rng import checked_p_zero, checked_rng_state
+from .modules import AtEval, Gradient, checked_setting, fx_node
+from .rng import checked_rng_state
 from .rng import rng_state as new_rng_state
 
 
@@ -47,33 +51,38 @@ class _ShapedBatchNorm(_Unbatched):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        # once_differentiable takes longer than the op itself on a small map. It is needed only with create_graph=True.
-        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, grad)
+        needs_x, _, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dx, dweight, dbias = gradients(ctx, grad, needs_x, needs_weight, needs_bias)
+        return dx, *(None,) * 3, dweight, dbias, *(None,) * 9
 
 
-def _gradients(ctx, grad):
+def gradients(
+    ctx, grad: Tensor | None, needs_x: bool, needs_weight: bool, needs_bias: bool
+) -> tuple:
+    """dL/dx, dL/dweight and dL/dbias, each None where it is not needed.
+
+    Args:
+        ctx: of the forward: p_zero, training, relu, memory_format; it saved ones, statistics, rng_state, bits, weight, bias.
+        grad: dL/dy.
+    """
+    if not torch.is_grad_enabled():
+        return _gradients(ctx, grad, needs_x, needs_weight, needs_bias)
+    # once_differentiable takes longer than the op itself on a small map. It is needed only with create_graph=True.
+    result = once_differentiable(_gradients)(ctx, grad, needs_x, needs_weight, needs_bias)
+    for node in {g.grad_fn for g in result if g is not None} - {None}:
+        node.register_prehook(_refuse_second)
+    return result
+
+
+def _gradients(ctx, grad, needs_x, needs_weight, needs_bias):
     if grad is None:
-        return (None,) * 15
-    needs_x, _, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        return None, None, None
     ones, statistics, rng_state, bits, weight, bias = ctx.saved_tensors
     grad = grad.contiguous(memory_format=MEMORY_FORMATS[ctx.memory_format])
     dx, dweight, dbias = torch.ops.fastshape.shaped_batch_norm_backward.default(
         grad, ones, statistics, rng_state, bits, ctx.p_zero, weight, bias, ctx.training, ctx.relu, needs_x
     )  # fmt: skip
-    return (
-        dx if needs_x else None,
-        *(None,) * 3,
-        dweight if needs_weight else None,
-        dbias if needs_bias else None,
-        *(None,) * 9,
-    )
-
-
-def _gradients_once(ctx, grad):
-    gradients = once_differentiable(_gradients)(ctx, grad)
-    for node in {g.grad_fn for g in gradients if g is not None} - {None}:
-        node.register_prehook(_refuse_second)
-    return gradients
+    return dx if needs_x else None, dweight if needs_weight else None, dbias if needs_bias else None
 
 
 def _refuse_second(_):
@@ -102,12 +111,17 @@ class ShapedBatchNorm2d(nn.BatchNorm2d):
 
     Parameters, running statistics, ``num_batches_tracked`` and state_dict are those of `nn.BatchNorm2d`, and so checkpoints can
     be exchanged. Under DistributedDataParallel each process has its own statistics, as with `nn.BatchNorm2d`. There is no
-    variant that shares them: ``nn.SyncBatchNorm.convert_sync_batchnorm`` treats this module as a plain BatchNorm and drops the
-    shaping.
+    variant that shares them: ``nn.SyncBatchNorm.convert_sync_batchnorm``, which would drop shaping and ReLU, raises a
+    RuntimeError. Modules before this one in the model are converted by then.
+
+    The arguments after `dtype` are attributes, which may be set at any time; each is then checked as here. torch.fx traces the
+    module as one node.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer: as in `nn.BatchNorm2d`.
-        p_zero: probability of a zero in the mask that each call draws, in [0, 1); None draws no mask.
+        p_zero: probability of a zero in the mask that each call draws, in [0, 1); None draws no mask. It is rounded to a
+            multiple of 1/65536, which `fastshape.realised_rate` returns. A probability that this would make 0 or 1 is
+            refused.
         gradient: ``"straight_through"``, ``"clipped"`` or ``"zero"``, as in `fastshape.shape`. Weight and bias get their
             gradient in each case.
         at_eval: what happens in evaluation mode. ``"off"`` is plain BatchNorm (and ReLU), ``"binarize"`` binarizes without a
@@ -122,9 +136,19 @@ class ShapedBatchNorm2d(nn.BatchNorm2d):
 
     The backward pass cannot be differentiated. The backward passes of `fastshape.shape` and `nn.BatchNorm2d` can.
 
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: p_zero, gradient or at_eval is not allowed.
+
     Example:
         >>> block = nn.Sequential(nn.Conv2d(3, 8, 3), fastshape.ShapedBatchNorm2d(8, p_zero=0.3, relu=True))
     """
+
+    p_zero: float | None
+    gradient: Gradient
+    at_eval: AtEval
+    relu: bool
+    inplace: bool
 
     def __init__(
         self,
@@ -133,31 +157,46 @@ class ShapedBatchNorm2d(nn.BatchNorm2d):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
         *,
         p_zero: float | None = None,
-        gradient: str = "straight_through",
-        at_eval: str = "off",
+        gradient: Gradient = "straight_through",
+        at_eval: AtEval = "off",
         relu: bool = False,
         inplace: bool = False,
-        **newer,  # arguments that nn.BatchNorm2d has in later versions of torch
+        **newer: Any,  # arguments that nn.BatchNorm2d has in later versions of torch
     ):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer
         )
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient={gradient!r}: allowed are {', '.join(GRADIENTS)}")
-        if at_eval not in AT_EVAL:
-            raise ValueError(f"at_eval={at_eval!r}: allowed are {', '.join(AT_EVAL)}")
-        self.p_zero = None if p_zero is None else checked_p_zero(p_zero)
+        self.p_zero = p_zero
         self.gradient = gradient
         self.at_eval = at_eval
         self.relu = relu
         self.inplace = inplace
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("p_zero", "gradient", "at_eval", "relu", "inplace"):
+            value = checked_setting(name, value)
+        super().__setattr__(name, value)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        # convert_sync_batchnorm makes a new module from the parameters alone and asks nobody. But it then calls this method, which
+        # few others call and no forward does.
+        if (
+            not torch.compiler.is_compiling()
+            and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm"
+        ):
+            raise RuntimeError(
+                f"convert_sync_batchnorm: {type(self).__name__} cannot become a SyncBatchNorm, which has no shaping and no ReLU. "
+                "Build the model with fastshape.ActivationShaping, nn.BatchNorm2d and nn.ReLU in its place, or with plain "
+                "nn.BatchNorm2d and call fastshape.attach(..., method='hooks') after the conversion"
+            )
+        return super().named_children()
+
     @classmethod
-    def from_batch_norm(cls, bn: nn.BatchNorm2d, **shaping) -> ShapedBatchNorm2d:
+    def from_batch_norm(cls, bn: nn.BatchNorm2d, **shaping: Any) -> ShapedBatchNorm2d:
         """The shaped form of `bn`. It shares the Parameters and buffers of `bn`, so that an optimizer keeps working.
 
         Args:
@@ -203,6 +242,8 @@ class ShapedBatchNorm2d(nn.BatchNorm2d):
                 mask; both are given.
             RuntimeError: `inplace` and the input is a leaf that requires a gradient.
         """
+        if isinstance(input, fx.Proxy) or isinstance(mask, fx.Proxy):
+            return fx_node(self, input, mask=mask, rng_state=rng_state, generator=generator)
         if not self.training and self.at_eval == "off":
             y = nn.BatchNorm2d.forward(self, input)
             return functional.relu(y, inplace=True) if self.relu else y
@@ -213,7 +254,7 @@ class ShapedBatchNorm2d(nn.BatchNorm2d):
                 )
             if rng_state is not None and generator is not None:
                 raise ValueError("rng_state and generator: give one of them, not both")
-        _checked_x(input)
+        input = _checked_x(input)
         p_zero = self.p_zero if mask is None else None
         if not (self.training or self.at_eval == "on"):
             mask = p_zero = rng_state = None

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from . import _ops
 from .bitmask import _FLOATS, BitMask
-from .layout import MEMORY_FORMATS, memory_format_name
+from .layout import MEMORY_FORMATS, MemoryFormat, memory_format_name
 from .rng import checked_p_zero, checked_rng_state
 from .rng import rng_state as new_rng_state
+from .unfinished import Unfinished
+
+if TYPE_CHECKING:
+    from .modules import Gradient
 
 GRADIENTS = ("straight_through", "clipped", "zero")
 
@@ -28,6 +34,8 @@ class _Unbatched(torch.autograd.Function):
     torch.func needs ``setup_context``. With it, autograd binds the signature of forward at every call, which takes several times
     as long as the op on a small map. So each function has a twin whose forward sets up the context itself.
     """
+
+    twin: type[torch.autograd.Function]  # with the context set up in forward
 
     def __init_subclass__(cls):
         super().__init_subclass__()
@@ -104,7 +112,10 @@ class _Clipped(_Unbatched):
         return grad, None, None, None, None, None, None
 
 
-def _checked_x(x: Tensor) -> None:
+def _checked_x(x: Tensor) -> Tensor:
+    """x itself, finished, if it can be shaped."""
+    if isinstance(x, Unfinished):
+        x = x.finish("fastshape")
     if not isinstance(x, Tensor):
         raise TypeError(f"x: must be a tensor, not {type(x).__name__}")
     if x.dtype not in _FLOATS:
@@ -112,9 +123,10 @@ def _checked_x(x: Tensor) -> None:
         raise TypeError(f"x: dtype {x.dtype} cannot be shaped; allowed are {allowed}")
     if x.layout != torch.strided:
         raise TypeError(f"x: layout {x.layout} cannot be shaped; only dense tensors can")
+    return x
 
 
-def _checked_mask(mask: BitMask | Tensor, x: Tensor, memory_format: str) -> Tensor:
+def _checked_mask(mask: BitMask | Tensor, x: Tensor, memory_format: MemoryFormat) -> Tensor:
     """The bits of `mask`, in the order of the elements of x."""
     if not isinstance(mask, BitMask):
         if isinstance(mask, Tensor) and mask.shape != x.shape:
@@ -135,7 +147,7 @@ def shape(
     p_zero: float | None = None,
     mask: BitMask | Tensor | None = None,
     binarize: bool = True,
-    gradient: str = "straight_through",
+    gradient: Gradient = "straight_through",
     rng_state: Tensor | None = None,
     generator: torch.Generator | None = None,
     inplace: bool = False,
@@ -148,7 +160,8 @@ def shape(
     Args:
         x: any shape; float16, bfloat16, float32 or float64. A contiguous or channels_last x keeps its memory format. Other
             strides give a contiguous result.
-        p_zero: probability of a zero in a random mask, in [0, 1).
+        p_zero: probability of a zero in a random mask, in [0, 1). It is rounded to a multiple of 1/65536, which
+            `fastshape.realised_rate` returns. A probability that this would make 0 or 1 is refused.
         mask: a `BitMask`, or a tensor of x's shape and device, read as ``> 0``. It gets no gradient.
         binarize: False gives ``x * M`` with its exact gradient.
         gradient: ``"straight_through"`` is dL/dx = dL/dy * M. ``"clipped"`` is dL/dy * M * 1[abs(x) <= 1]. ``"zero"`` has no
@@ -172,7 +185,11 @@ def shape(
         >>> fastshape.shape(x, mask=torch.tensor([True, True, False]))
         tensor([0., 1., 0.])
     """
-    _checked_x(x)
+    if isinstance(x, torch.fx.Proxy):  # torch.fx traces a model that calls this
+        options = {"p_zero": p_zero, "mask": mask, "binarize": binarize, "gradient": gradient,
+                   "rng_state": rng_state, "generator": generator, "inplace": inplace}  # fmt: skip
+        return x.tracer.create_proxy("call_function", shape, (x,), options)
+    x = _checked_x(x)
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient={gradient!r}: allowed are {', '.join(GRADIENTS)}")
     if p_zero is not None and mask is not None:
@@ -190,6 +207,8 @@ def shape(
 
     memory_format = memory_format_name(x)
     dense = x if memory_format else x.contiguous()
+    if dense.is_neg():
+        dense = dense.resolve_neg()
     memory_format = memory_format or "contiguous"
 
     bits = None

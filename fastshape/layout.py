@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-MEMORY_FORMATS = {
+MemoryFormat = Literal["contiguous", "channels_last", "channels_last_3d"]
+MEMORY_FORMATS: dict[MemoryFormat, torch.memory_format] = {
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
     "channels_last_3d": torch.channels_last_3d,
 }
 
 
-def memory_format_name(x: Tensor) -> str | None:
+def memory_format_name(x: Tensor) -> MemoryFormat | None:
     """The memory format in which x is dense: a key of `MEMORY_FORMATS`, or None for other strides."""
     if x.is_contiguous():
         return "contiguous"
@@ -23,7 +26,7 @@ def memory_format_name(x: Tensor) -> str | None:
     return None
 
 
-def dense_strides(size: torch.Size, memory_format: str) -> tuple[int, ...]:
+def dense_strides(size: torch.Size, memory_format: MemoryFormat) -> tuple[int, ...]:
     """Strides, in elements, of a dense tensor of this size and memory format."""
     order = list(range(len(size)))
     if memory_format != "contiguous":

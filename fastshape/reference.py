@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "differentiable_shape",
     "drop_threshold",
+    "normalized_values",
     "pack",
     "pack_random",
     "philox_words",
@@ -162,6 +163,20 @@ def _entries(y: tuple, dtype: torch.dtype, relu: bool) -> tuple[Tensor, Tensor]:
     return tuple(torch.where(t <= 0, 0, t) if relu else t for t in y)
 
 
+def normalized_values(
+    statistics: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """The two values that y of `shaped_batch_norm` has in each channel.
+
+    Args:
+        statistics: its result.
+
+    Returns:
+        (C,) of `dtype` each: y where a is 0, and where it is 1.
+    """
+    return _entries(_table(statistics, weight, bias)[2], dtype, relu)
+
+
 def _per_channel(t: Tensor) -> Tensor:
     return t.view(1, -1, 1, 1)
 
@@ -217,7 +232,7 @@ def shaped_batch_norm(
         mean, var = running_mean.double(), running_var.double()
     # On a CPU rsqrt is 1 / sqrt with each operation rounded once. torch's sqrt may be off in the last bit.
     statistics = torch.stack([mean, (var + eps).rsqrt()])
-    zero, one = _entries(_table(statistics, weight, bias)[2], x.dtype, relu)
+    zero, one = normalized_values(statistics, weight, bias, x.dtype, relu)
     y = torch.where(a, _per_channel(one), _per_channel(zero))
     return y.contiguous(memory_format=_format_of(x)), pack(a), within_one, statistics
 

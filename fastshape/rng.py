@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from numbers import Real
+from typing import SupportsFloat
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .reference import drop_threshold
+
+# A random mask compares draws of 16 bits with round(p_zero * 65536). Between these two that is neither 0 nor 65536.
+_ROUNDED_TO_0 = 0.5 / 65536
+_ROUNDED_TO_1 = 1 - _ROUNDED_TO_0
 
 
 def rng_state(
@@ -37,7 +44,7 @@ def rng_state(
     if generator is not None:
         raise ValueError("seed and generator: give one of them, not both")
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed={seed!r}: must be an int")
+        raise TypeError(f"seed={brief(seed)}: must be an int")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed={seed}: must fit 64 bits, -2**63 to 2**64 - 1")
     signed = seed - 2**64 if seed >= 2**63 else seed
@@ -63,15 +70,52 @@ def checked_rng_state(state: Tensor, device: torch.device) -> Tensor:
     return state
 
 
-def checked_p_zero(p_zero: float) -> float:
-    """`p_zero` as a float, if it is a probability below one.
+def realised_rate(p_zero: float) -> float:
+    """The exact probability of a zero in a random mask that is asked for with `p_zero`.
+
+    An element is dropped if a draw of 16 bits is less than ``round(p_zero * 65536)`` (halves round to even), so that the
+    possible rates are the multiples of 1/65536. The realised rate is off by at most 1/131072.
+
+    Args:
+        p_zero: as in `fastshape.shape`.
+
+    Returns:
+        ``round(p_zero * 65536) / 65536``.
+
+    Raises:
+        TypeError, ValueError: p_zero is not allowed, as in `fastshape.shape`.
+
+    Example:
+        >>> fastshape.realised_rate(0.7)
+        0.6999969482421875
+    """
+    return drop_threshold(checked_p_zero(p_zero)) / 65536
+
+
+def checked_p_zero(p_zero: SupportsFloat) -> float:
+    """`p_zero` as a float, if it is a rate that a random mask can have.
 
     Raises:
         TypeError: p_zero is not a number.
-        ValueError: p_zero is outside [0, 1) or NaN.
+        ValueError: p_zero is outside [0, 1) or NaN, or would be rounded to 0 or to 1 although it is neither.
     """
-    if isinstance(p_zero, bool) or not isinstance(p_zero, Real):  # numpy's numbers too
-        raise TypeError(f"p_zero={p_zero!r}: must be a number in [0, 1)")
-    if not 0 <= p_zero < 1:
+    # Numbers of numpy are Real too. A tensor is refused: reading it would wait for its device.
+    if isinstance(p_zero, bool) or not isinstance(p_zero, Real):
+        raise TypeError(f"p_zero={brief(p_zero)}: must be a number in [0, 1)")
+    rate = float(p_zero)
+    if not 0 <= rate < 1:
         raise ValueError(f"p_zero={p_zero}: must be in [0, 1); 1 would drop everything")
-    return float(p_zero)
+    if rate and not _ROUNDED_TO_0 < rate < _ROUNDED_TO_1:
+        raise ValueError(
+            f"p_zero={p_zero}: would be rounded to {round(rate)}, because a rate is a multiple of 1/65536; allowed are 0 "
+            f"and what lies between 1/131072 ({_ROUNDED_TO_0:.3g}) and 1 - 1/131072 ({_ROUNDED_TO_1:.7f}), both excluded"
+        )
+    return rate
+
+
+def brief(value: object) -> str:
+    """How a message shows a value that is not allowed: its repr on one line, cut; of a module or tensor only the class."""
+    if isinstance(value, nn.Module | Tensor):
+        return f"{type(value).__name__}(...)"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -615,3 +615,54 @@ def samples(name):
 def test_opcheck(name):
     for arguments in samples(name):
         opcheck(getattr(ops, name).default, arguments)
+
+
+# ---- SyncBatchNorm ----
+
+
+def children(module):
+    return [name for name, _ in module.named_children()]
+
+
+@pytest.mark.parametrize("place", (lambda m: m, nn.Sequential, lambda m: nn.ModuleDict({"a": m})))
+@pytest.mark.parametrize("relu", (False, True))
+def test_conversion_to_sync_batch_norm_is_refused(place, relu):
+    module = ShapedBatchNorm2d(C, relu=relu)
+    model = place(module)
+    message = r"ShapedBatchNorm2d cannot become a SyncBatchNorm.*fastshape\.ActivationShaping.*method='hooks'"
+    with pytest.raises(RuntimeError, match=message):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert module in list(model.modules()) and type(module) is ShapedBatchNorm2d
+    module.qconfig = None  # an attribute that the conversion looks for
+    with pytest.raises(RuntimeError, match=message):
+        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+
+
+def test_conversion_of_what_replaces_it():
+    chain = nn.Sequential(fastshape.ActivationShaping(0.3), nn.BatchNorm2d(C), nn.ReLU())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(chain)
+    assert [type(m).__name__ for m in converted] == ["ActivationShaping", "SyncBatchNorm", "ReLU"]
+
+
+def test_refusal_of_the_conversion_hinders_nothing_else():
+    module = ShapedBatchNorm2d(C, p_zero=0.5)
+    assert children(module) == [] and list(module.children()) == []
+    assert children(pickle.loads(pickle.dumps(module))) == children(copy.deepcopy(module)) == []
+    visited = []
+    nn.Sequential(module).eval().apply(visited.append)
+    assert module in visited and not module.training
+    assert not hasattr(module, "qconfig")
+    module.extra = nn.Linear(1, 1)
+    assert children(module) == ["extra"]
+
+
+def test_compiled_code_may_ask_for_children():
+    module = nn.Sequential(ShapedBatchNorm2d(C, p_zero=0.5))
+
+    def function(x):
+        module.train()
+        return module(x) * len(list(module[0].children()))
+
+    x = a_map()
+    y = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(y, torch.zeros_like(y))

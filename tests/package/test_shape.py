@@ -69,15 +69,13 @@ def test_thread_count_and_simd_change_nothing(simd, threads, count):
                 assert torch.equal(actual[1], expected[1])
 
 
-@pytest.mark.parametrize("p_zero", (0, 1e-9, 0.5, 1 - 1e-9))
+@pytest.mark.parametrize("p_zero", (0, 1 / 65536, 0.5, 1 - 1 / 65536))
 def test_extreme_probabilities(p_zero):
     x, state = awkward(1000, torch.float32), fastshape.rng_state(3)
     y = fastshape.shape(x, p_zero=p_zero, rng_state=state)
     assert_same_bits(y, reference.shape(x, state, None, p_zero, True))
-    if p_zero < 1e-8:
+    if p_zero == 0:
         assert torch.equal(y, (x > 0).float())
-    if p_zero > 0.9:
-        assert not y.any()
 
 
 def test_values_by_hand():
@@ -186,7 +184,7 @@ def test_expanded_gradient():
 
 def test_zero_dimensions_and_empty():
     assert fastshape.shape(torch.tensor(2.0)).item() == 1
-    assert fastshape.shape(torch.tensor(2.0), p_zero=1 - 1e-9).item() == 0
+    assert fastshape.shape(torch.tensor(2.0), p_zero=1 - 1 / 65536).item() == 0
     for shape in ((0,), (0, 3), (2, 0, 4, 4)):
         x = torch.empty(shape, requires_grad=True)
         y = fastshape.shape(x, p_zero=0.5)

@@ -1,9 +1,8 @@
 """Maps that `fastshape.attach` does not make, on forward hooks.
 
-Random maps per channel or block, rescaled random maps, a value in place of 0, the top-K of a recorded
-map, the product of the maps of several domains, and recording in train mode. A pass of `RecordedMaps.record` runs to its
-end, so that in train mode it moves every BatchNorm, as published code did; `fastshape.attach` stops
-at the deepest shaped layer. Plain PyTorch around `fastshape.shape`.
+Rescaled random maps, a value in place of 0, the real values of the top-K of a recorded map, the product
+of the maps of several domains, and recording without shaping.
+Plain PyTorch around `fastshape.shape`.
 """
 
 from __future__ import annotations
@@ -63,7 +62,6 @@ class Hooks:
         """The tensor that replaces x, the output of a layer's call number `call`; None: x stays."""
         raise NotImplementedError(f"{type(self).__name__} must define changed: Hooks is abstract")
 
-    @property
     def density(self) -> dict[str, float]:
         """Share of ones in the last map of each layer that has maps. Waits for the device."""
         return {}
@@ -113,7 +111,6 @@ class Maps(Hooks):
         values = torch.where(mask.to_bool(), 1.0, epsilon).to(x.dtype)
         return fastshape.shape(x, **policy) * values
 
-    @property
     def density(self) -> dict[str, float]:
         """Share of ones (in a raw product: of positive values) in the last map of each layer."""
         return {
@@ -133,7 +130,9 @@ class RandomMaps(Maps):
         self.side = sides[options.mask_unit]
 
     def map_for(self, name: str, x: Tensor, call: int) -> BitMask:
-        return random_blocks(x, self.p_zero[name], self.side, self.first_sample)
+        return fastshape.random_blocks(
+            x.shape, self.p_zero[name], self.side, device=x.device, first_sample=self.first_sample
+        )
 
 
 class RescaledMaps(RandomMaps):
@@ -186,42 +185,10 @@ class RecordedMaps(Maps):
     def kept(self, x: Tensor) -> Map:
         """What `record` keeps of a layer's output: bits, or a copy for the raw product."""
         fraction = self.options.top_k
-        largest = None if fraction is None else top_fraction(x, fraction)
+        largest = None if fraction is None else fastshape.top_k(fraction)(x)
         if self.product:
-            return x.clone() if largest is None else x * largest
-        return BitMask.from_tensor(x if largest is None else largest)
+            return x.clone() if largest is None else x * largest.to_bool()
+        return BitMask.from_tensor(x) if largest is None else largest
 
     def map_for(self, name: str, x: Tensor, call: int) -> Map:
         return self.recorded[name][call]
-
-
-def random_blocks(x: Tensor, p_zero: float, side: int | None, first: int = 0) -> BitMask:
-    """A map of x's shape (n, C, ...) in which blocks of a (sample, channel) are 0 or 1 together.
-
-    Args:
-        p_zero: probability that a block is 0.
-        side: of the square blocks, in elements. The first block begins at the plane's first element;
-            the last one may be cut. None: the whole plane is one block.
-        first: place of x's first sample in the batch for which the map is drawn.
-    """
-    sides = [side or size for size in x.shape[2:]]
-    grid = [-(-size // s) for size, s in zip(x.shape[2:], sides, strict=True)]
-    state = fastshape.rng_state(device=x.device)
-    drawn = (first + len(x), x.shape[1], *grid)
-    mask = BitMask.random(drawn, p_zero, rng_state=state).to_bool()[first:]
-    for dim, s in enumerate(sides, 2):
-        mask = mask.repeat_interleave(s, dim).narrow(dim, 0, x.shape[dim])
-    return BitMask.from_bool(mask)
-
-
-def top_fraction(x: Tensor, fraction: float) -> Tensor:
-    """Where the largest values of each plane are: bool of x's shape (n, C, ...).
-
-    In a plane of m values, ``max(1, round(fraction * m))`` are true (halves go to even). Of equal
-    values those that come first in row-major order.
-    """
-    planes = x.reshape(*x.shape[:2], -1)
-    count = max(1, round(fraction * planes.shape[-1]))
-    largest = planes.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    kept = torch.zeros(planes.shape, dtype=torch.bool, device=x.device)
-    return kept.scatter_(-1, largest, True).reshape(x.shape)

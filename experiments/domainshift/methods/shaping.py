@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -106,7 +105,7 @@ class Layered(Method):
         return {name: int(count) for name, count in self.attachment.fired.items()}
 
     def density(self) -> dict[str, float]:
-        return dict(self.attachment.density)
+        return self.attachment.density()
 
     def close(self) -> None:
         self.attachment.remove()
@@ -174,21 +173,15 @@ class Shaping(Layered):
         names = choose_layers(model, options)
         if own := cls.own_maps(model, names, options):
             return own
-        with warnings.catch_warnings():
-            if options.attach == "auto":  # hooks serve a layer that cannot be replaced
-                warnings.simplefilter("ignore")
-            attachment = fastshape.attach(
-                model,
-                list(names),
-                **cls.package_mode(options),
-                binarize=options.binarize,
-                gradient=options.gradient,
-                at_eval="binarize",  # so that what is replaced serves evaluation too
-                method=attach_method(config),
-                check_finite=config.device == "cpu",  # on a GPU each step would wait for it
-            )
-        attachment.at_eval = "off"
-        return attachment
+        return fastshape.attach(
+            model,
+            list(names),
+            **cls.package_mode(options),
+            binarize=options.binarize,
+            gradient=options.gradient,
+            method=attach_method(config),
+            check_finite=config.device == "cpu",  # on a GPU each step would wait for it
+        )
 
     @contextmanager
     def testing(self, test: Test) -> Iterator[None]:
@@ -201,14 +194,14 @@ class Shaping(Layered):
 
 
 def attach_method(config: Config) -> str:
-    """How `fastshape.attach` shapes: "replace" or "hooks"."""
+    """The `method` of `fastshape.attach`."""
     options = config.options
     if distributed.size() > 1:  # the fused op has no form that shares BatchNorm's statistics
         return "hooks"
     if options.attach != "auto":
         return options.attach
     native = fastshape.backend_info()[torch.device(config.device).type] == "native"
-    return "replace" if native and options.after == "conv" and options.binarize else "hooks"
+    return "auto" if native and options.after == "conv" and options.binarize else "hooks"
 
 
 def shaping_words(values: Mapping[str, Any]) -> str:
@@ -266,17 +259,19 @@ class RandomMaps(Shaping):
     def own_maps(
         cls, model: nn.Module, names: tuple[str, ...], options: RandomOptions
     ) -> masks.Maps | None:
-        plain = options.mask_unit == "element" and options.epsilon == 0
-        return None if plain else masks.RandomMaps(model, names, options)
+        return masks.RandomMaps(model, names, options) if options.epsilon else None
 
     @classmethod
     def package_mode(cls, options: RandomOptions) -> dict[str, Any]:
         p_zero = options.p_zero
-        return {"mode": "random", "p_zero": p_zero[0] if len(p_zero) == 1 else list(p_zero)}
+        unit = options.block_size if options.mask_unit == "block" else options.mask_unit
+        p_zero = p_zero[0] if len(p_zero) == 1 else list(p_zero)
+        return {"mode": "random", "p_zero": p_zero, "unit": unit}
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
         super().__init__(model, config, device)
-        if distributed.size() == 1 or isinstance(self.attachment, masks.Maps):
+        by_element = config.options.mask_unit == "element" and not config.options.epsilon
+        if distributed.size() == 1 or not by_element:
             return
         for name in self.layers:
             outputs = getattr(model.get_submodule(name), "out_features", 8)
@@ -428,14 +423,16 @@ class TargetMaps(Shaping):
     def own_maps(
         cls, model: nn.Module, names: tuple[str, ...], options: TargetMapsOptions
     ) -> masks.Maps | None:
-        plain = options.epsilon == 0 and options.top_k is None and not options.mask_sources
-        if plain and options.record_mode == "eval" and options.apply_maps:
+        several = options.mask_sources or (options.product and options.top_k is not None)
+        if options.epsilon == 0 and not several and options.apply_maps:
             return None
         return masks.RecordedMaps(model, names if options.apply_maps else (), options)
 
     @classmethod
     def package_mode(cls, options: TargetMapsOptions) -> dict[str, Any]:
-        return {"mode": "product" if options.product else "target"}
+        mode = "product" if options.product else "target"
+        to_mask = None if options.top_k is None else fastshape.top_k(options.top_k)
+        return {"mode": mode, "record_mode": options.record_mode, "to_mask": to_mask}
 
     def loss(
         self, images: Tensor, labels: Tensor, target_images: Tensor | None

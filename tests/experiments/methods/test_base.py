@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastshape
+
 LABELS = torch.arange(6)
 
 # One configuration for each path through the methods' code.
@@ -217,7 +219,7 @@ def test_whether_batchnorm_was_left_alone_is_measured_and_stated_alike(arm):
     )
 
 
-def test_a_pass_that_breaks_its_promise_is_noticed():
+def test_a_pass_that_breaks_its_promise_is_noticed(monkeypatch):
     method = method_with(mode="da", layers=(1,))
     record = method.attachment.record
     passes = []
@@ -228,7 +230,9 @@ def test_a_pass_that_breaks_its_promise_is_noticed():
             method.model[1].running_mean[0] += 1e-6
         passes.append(1)
 
-    method.attachment.record = record_and_move
+    monkeypatch.setattr(
+        fastshape.Attachment, "record", lambda self, *batches: record_and_move(*batches)
+    )
     method.update(SOURCE, LABELS, TARGET)
     assert not method.bn_moved
     for _ in range(2):

@@ -2,83 +2,12 @@
 
 import pytest
 import torch
-from domainshift.methods.masks import RecordedMaps, random_blocks, top_fraction
+from domainshift.methods.masks import RecordedMaps
 from domainshift.methods.shaping import TargetMaps
 from small_networks import SOURCE, TARGET, config_of, images, net, outputs
 from torch import nn
 
 import fastshape
-
-# --- maps per channel and per block ---
-
-
-def test_a_block_is_kept_or_dropped_as_one():
-    x = torch.zeros(4, 8, 7, 5)
-    torch.manual_seed(3)
-    mask = random_blocks(x, 0.5, 3).to_bool()
-    assert mask.shape == x.shape
-    for rows in (slice(0, 3), slice(3, 6), slice(6, 7)):  # 7 = 3 + 3 + 1, 5 = 3 + 2
-        for columns in (slice(0, 3), slice(3, 5)):
-            block = mask[:, :, rows, columns].flatten(2)
-            assert torch.equal(block.all(2), block.any(2))
-    assert mask[:, :, 0, 0].ne(mask[:, :, 3, 3]).any()  # blocks differ from one another
-
-
-@pytest.mark.parametrize("p_zero", [0.0, 0.3, 0.9])
-def test_a_channel_is_kept_or_dropped_as_one(p_zero):
-    torch.manual_seed(0)
-    mask = random_blocks(torch.zeros(100, 64, 4, 2), p_zero, None).to_bool().flatten(2)
-    assert torch.equal(mask.all(2), mask.any(2))
-    assert mask.float().mean().item() == pytest.approx(1 - p_zero, abs=0.02)  # 5 sigma
-
-
-def test_blocks_of_one_element_are_the_stream_of_the_op():
-    x = torch.randn(2, 3, 4, 5)
-    torch.manual_seed(7)
-    mask = random_blocks(x, 0.4, 1)
-    torch.manual_seed(7)
-    assert torch.equal(fastshape.shape(x.abs() + 1, p_zero=0.4) > 0, mask.to_bool())
-
-
-def test_a_layer_without_a_plane_has_only_channels():
-    torch.manual_seed(0)
-    assert random_blocks(torch.zeros(9, 40), 0.5, 3).density() == pytest.approx(0.5, abs=0.14)
-
-
-@pytest.mark.parametrize("side", (1, 2, None))
-def test_the_map_of_a_part_is_the_part_of_the_map(side):
-    x = torch.zeros(7, 3, 5, 4)
-    torch.manual_seed(1)
-    whole = random_blocks(x, 0.5, side).to_bool()
-    state = torch.get_rng_state()
-    for start in (0, 3):
-        torch.manual_seed(1)
-        assert torch.equal(random_blocks(x[start:], 0.5, side, start).to_bool(), whole[start:])
-        assert torch.equal(torch.get_rng_state(), state)
-
-
-# --- top-K ---
-
-
-def test_top_k_by_hand():
-    x = torch.tensor([[[[1.0, 4.0], [3.0, 2.0]], [[-1.0, -1.0], [-1.0, -2.0]]]])
-    half = top_fraction(x, 0.5)
-    assert half.tolist() == [[[[False, True], [True, False]], [[True, True], [False, False]]]]
-    assert top_fraction(x, 0.01).flatten(2).sum(2).tolist() == [[1, 1]]  # never none
-    assert top_fraction(x, 0.75)[0, 1].tolist() == [[True, True], [True, False]]
-    assert top_fraction(x, 1.0).all()
-    assert top_fraction(torch.arange(10.0).view(1, 1, 10), 0.25).sum() == 2  # 2.5, half to even
-
-
-def test_top_k_counts_row_major_in_any_memory_format():
-    x = torch.randint(0, 3, (2, 4, 5, 5), generator=torch.Generator().manual_seed(0)).float()
-    last = x.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(top_fraction(x, 0.3), top_fraction(last, 0.3))
-    kept = top_fraction(x, 0.3).flatten(2)
-    for plane, mask in zip(x.flatten(2).flatten(0, 1), kept.flatten(0, 1), strict=True):
-        best = sorted(range(25), key=lambda i: (-plane[i].item(), i))[:8]
-        assert mask.nonzero().flatten().tolist() == sorted(best)
-
 
 # --- recorded maps, and what they do ---
 
@@ -123,10 +52,10 @@ def test_the_gradient_with_an_epsilon(gradient):
 
 def test_top_k_of_the_target_is_the_mask():
     a, (m,), y, attachment = shaped(top_k=0.25)
-    assert torch.equal(y, ((a > 0) & top_fraction(m, 0.25)).float())
-    assert attachment.density == {"0": 0.25}
+    assert torch.equal(y, ((a > 0) & fastshape.top_k(0.25)(m).to_bool()).float())
+    assert attachment.density() == {"0": 0.25}
     a, (m,), y, _ = shaped(top_k=0.25, product=True, binarize=False)
-    assert torch.equal(y, a * (m * top_fraction(m, 0.25)))
+    assert torch.equal(y, a * (m * fastshape.top_k(0.25)(m).to_bool()))
 
 
 def test_the_maps_of_several_domains_are_multiplied():
@@ -135,7 +64,7 @@ def test_the_maps_of_several_domains_are_multiplied():
     a, (m1, m2, m3), y, attachment = shaped(targets=(TARGET, SOURCE, third), **switches)
     mask = (m1 > 0) & (m2 > 0) & (m3 > 0)
     assert torch.equal(y, ((a > 0) & mask).float())
-    assert attachment.density["0"] == pytest.approx(mask.float().mean().item())
+    assert attachment.density()["0"] == pytest.approx(mask.float().mean().item())
     a, (m1, m2), y, _ = shaped(
         targets=(TARGET, third), mask_sources=("photo", "cartoon"), product=True, binarize=False
     )
@@ -157,7 +86,7 @@ def test_own_hooks_and_those_of_the_package_shape_alike(switches, gradient):
         attachment.record(TARGET)
         model(SOURCE).sum().backward()
         grads = [p.grad for p in model.parameters()]
-        results.append((model(SOURCE), grads, attachment.fired, attachment.density))
+        results.append((model(SOURCE), grads, attachment.fired, attachment.density()))
     (y1, grads1, *rest1), (y2, grads2, *rest2) = results
     assert torch.equal(y1, y2)
     for a, b in zip(grads1, grads2, strict=True):

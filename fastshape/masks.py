@@ -1,0 +1,123 @@
+"""Masks of recorded maps, random masks of blocks, and how several masks become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .bitmask import BitMask
+from .rng import rng_state as new_rng_state
+
+
+@dataclass(frozen=True)
+class above:
+    """The mask of a map where it is greater than `threshold`.
+
+    Example:
+        >>> fastshape.attach(model, [4], mode="target", to_mask=fastshape.above(0.5))
+    """
+
+    threshold: float
+
+    def __call__(self, x: Tensor) -> BitMask:
+        return BitMask.from_tensor(x, self.threshold)
+
+
+@dataclass(frozen=True)
+class top_k:
+    """The mask of the largest values of each sample, or of each channel of each sample.
+
+    Of m values, ``max(1, round(fraction * m))`` are ones (halves go to even). Of equal values those that come first in
+    row-major order.
+
+    Args:
+        fraction: in (0, 1].
+        by: ``"sample"`` or ``"channel"``.
+
+    Raises:
+        ValueError: fraction or by is not allowed.
+    """
+
+    fraction: float
+    by: Literal["sample", "channel"] = "channel"
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction={self.fraction}: must be in (0, 1]")
+        if self.by not in ("sample", "channel"):
+            raise ValueError(f"by={self.by!r}: allowed are sample, channel")
+
+    def __call__(self, x: Tensor) -> BitMask:
+        rows = x.flatten(2) if self.by == "channel" else x.flatten(1)
+        count = max(1, round(self.fraction * rows.shape[-1]))
+        largest = rows.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        kept = torch.zeros(rows.shape, dtype=torch.bool, device=x.device).scatter_(
+            -1, largest, True
+        )
+        return BitMask.from_bool(kept.view(x.shape))
+
+
+def random_blocks(
+    shape: Sequence[int],
+    p_zero: float,
+    side: int | None,
+    *,
+    rng_state: Tensor | None = None,
+    device: torch.device | str | None = None,
+    first_sample: int = 0,
+) -> BitMask:
+    """A random mask in which the elements of a block are 0 or 1 together.
+
+    Args:
+        shape: (N, C, ...) of the mask.
+        p_zero: probability that a block is 0, in [0, 1); see `BitMask.random`.
+        side: of the blocks, in elements of each dimension after the second. The first block begins at the plane's first
+            element; the last one may be cut. None: each (sample, channel) is one block, as in `nn.Dropout2d`.
+        rng_state: int64 [seed, offset]; None draws a state from the default generator of `device`.
+        device: of the mask; None is the device of rng_state, or the CPU without one.
+        first_sample: place of the mask's first sample in the batch for which the mask is drawn.
+
+    Raises:
+        ValueError, TypeError: p_zero or rng_state is not valid, the shape has fewer than two dimensions, or side is not a
+            whole number from 1.
+    """
+    if len(shape) < 2:
+        raise ValueError(f"shape {tuple(shape)}: must be (N, C, ...)")
+    if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 1):
+        raise ValueError(f"side={side!r}: must be an int of at least 1, or None")
+    sides = [side or size or 1 for size in shape[2:]]
+    grid = [-(-size // s) for size, s in zip(shape[2:], sides, strict=True)]
+    if rng_state is None:
+        rng_state = new_rng_state(device=device or "cpu")
+    drawn = (first_sample + shape[0], shape[1], *grid)
+    mask = BitMask.random(drawn, p_zero, rng_state=rng_state, device=device).to_bool()[
+        first_sample:
+    ]
+    for dim, s in enumerate(sides, 2):
+        mask = mask.repeat_interleave(s, dim).narrow(dim, 0, shape[dim])
+    return BitMask.from_bool(mask)
+
+
+def majority(masks: Sequence[BitMask]) -> BitMask:
+    """The mask that is one where more than half of `masks` are.
+
+    Args:
+        masks: at least one, all of one shape and device.
+
+    Raises:
+        ValueError: there is none, or they differ in shape.
+    """
+    masks = list(masks)
+    if not masks:
+        raise ValueError("masks: there must be at least one")
+    if len({mask.shape for mask in masks}) > 1:
+        shapes = ", ".join(str(tuple(mask.shape)) for mask in masks)
+        raise ValueError(f"masks of shapes {shapes}: must be equal")
+    votes = torch.zeros(masks[0].shape, dtype=torch.int32, device=masks[0].device)
+    for mask in masks:
+        votes += mask.to_bool()
+    return BitMask.from_bool(2 * votes > len(masks))
