@@ -28,7 +28,7 @@ from domainshift.config import Config, Switches, Test, choices, preset_values, r
 from domainshift.errors import BadInput, ConfigError, Failure
 from domainshift.methods import METHODS, blamed, load_method_file, method_named
 from domainshift.models import layer_lines
-from domainshift.progress import Screen
+from domainshift.progress import Screen, show_any_name
 from domainshift.records.schema import CONFIG
 from domainshift.setup import Setup, run_name, set_up, targets_of_training
 
@@ -268,6 +268,7 @@ def run(request: Request, screen: Screen) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input, 1 the run failed, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    show_any_name()
     distributed.join()
     first = distributed.rank() == 0
     screen = Screen() if first else Screen(Console(quiet=True))

@@ -297,8 +297,11 @@ class Config(Switches):
         "instructions for it, else off",
         group="optimization",
     )
-    seed: FromZero = switch(
-        0, "seed of weights, data order, augmentation and maps", group="optimization"
+    seed: Annotated[FromZero, Lt(2**64)] = switch(  # torch's generators take no more
+        0,
+        "seed of weights, data order, augmentation and maps",
+        group="optimization",
+        allowed="a whole number from 0 to 2**64 - 1",
     )
 
     device: Text = switch("auto", "auto | cpu | cuda | cuda:N", role="place", group="machine")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import yaml
 
@@ -27,7 +28,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     After an error `path` is what it was before, and no temporary file is left. Errors pass through.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # processes of two machines or containers can have one number
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex[:16]}.part")
     try:
         with open(temporary, "wb") as file:
             yield file

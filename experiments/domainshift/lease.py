@@ -1,14 +1,30 @@
 """The right to write to a folder, which one process has at a time.
 
 A lease is a file `.lease-N` in the folder. It asks nothing of the file system but that of several
-processes that create a file exclusively (O_EXCL) one succeeds, so network file systems without locks
-serve too. Its owner touches it every `BEAT` seconds.
+processes that create a file exclusively (O_EXCL) one succeeds, and that who created a file sees all that
+were there before, so network file systems without locks serve too. The owner of a lease touches it every
+`BEAT` seconds.
 
 A lease has expired if its owner is a process of this machine that is gone, or if nobody touched it for
-`EXPIRY` seconds. Nobody removes another's lease: who finds it expired creates the file of the next
-number, so that of two who find it one succeeds. That file names the lease it follows. One who looked
-too early and creates a file of the next number follows a lease that is no longer there; it withdraws,
-and no owner takes the file for a loss.
+`EXPIRY` seconds. Nobody removes another's lease to take the folder: who finds all leases expired creates
+the file of the next number above them, which names those that it follows, and then looks again. The
+folder is its own if it finds what it found before and its own file; otherwise it withdraws.
+
+Why no two have a folder: of two that created their files, the later one looks again when the file of the
+earlier one is there. It takes the folder only if it found that file expired before.
+
+What may lie there besides, and why it does no harm:
+
+- A gap in the numbers. A release removes the leases that it follows from the lowest on and its own last,
+  so as long as any of them is left, one more is there that counts. A kill between two of these steps
+  leaves the later ones; they expire, and the next owner follows and removes them.
+- The file of one who looked too early, and follows leases that were released meanwhile. It withdraws.
+  Until then it keeps others away, but no owner takes it for a loss, because it does not follow the owner's.
+  If it is killed first, its file is one more that expires.
+- A file without contents: of one who is about to write them, or was cut off. It counts as a lease until
+  nobody touched it for `EXPIRY` seconds, and so does a link to nowhere.
+
+An owner that was not running for longer than `EXPIRY` finds its file gone, or a lease that follows it.
 """
 
 from __future__ import annotations
@@ -16,11 +32,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import uuid4
 
@@ -29,6 +47,8 @@ from domainshift.errors import ConfigError, RecordError
 BEAT = 20.0  # seconds
 EXPIRY = 300.0  # seconds
 WRITTEN = 2.0  # seconds within which a file that was created has its contents
+
+NAME = re.compile(r"\.lease-([1-9][0-9]*)")  # of a lease's file
 
 
 class Busy(ConfigError):
@@ -48,7 +68,7 @@ class Owner:
         birth: when the system started the process, in its own units; "" where it does not tell.
         since: seconds since the epoch, by the owner's clock.
         token: of this lease; no other has it.
-        follows: the token of the expired lease that this one follows; "" without one.
+        follows: the tokens of the expired leases that this one follows, with spaces between.
     """
 
     host: str
@@ -60,10 +80,12 @@ class Owner:
     follows: str = ""
 
     def __str__(self) -> str:
+        if self is NOBODY:
+            return "a process that was cut off while it took the folder"
         return f"process {self.process} on {self.host}, for {age(time.time() - self.since)}"
 
 
-NOBODY = Owner("an unknown host", "", 0, "", 0.0, "")  # of a file whose writer was cut off
+NOBODY = Owner("", "", 0, "", 0.0, "")  # of a file whose writer was cut off, or has not written yet
 
 
 def age(seconds: float) -> str:
@@ -116,7 +138,7 @@ def has_expired(path: Path, owner: Owner) -> bool:
         if birth is None or (birth and owner.birth):
             return birth != owner.birth
     try:
-        return clock_of(path.parent) - path.stat().st_mtime > EXPIRY
+        return clock_of(path.parent) - path.lstat().st_mtime > EXPIRY
     except FileNotFoundError:
         return True
 
@@ -143,19 +165,29 @@ def owner_of(path: Path) -> Owner | None:
     try:
         return Owner(**json.loads(path.read_bytes()))
     except FileNotFoundError:
-        return None
+        return NOBODY if path.is_symlink() else None
     except (ValueError, TypeError):
         return NOBODY
 
 
-def holder(folder: Path) -> Owner | None:
-    """Who has the lease of a folder now. None: nobody, or an owner that is gone."""
-    number = 1
-    while owner := owner_of(path_of(folder, number)):
+def leases(folder: Path) -> dict[int, Owner]:
+    """The owners of all leases of a folder, expired ones too, by number, the lowest first."""
+    numbers = (NAME.fullmatch(name) for name in os.listdir(folder))
+    present = {int(n[1]): owner_of(path_of(folder, int(n[1]))) for n in numbers if n}
+    return {number: owner for number, owner in sorted(present.items()) if owner is not None}
+
+
+def living(folder: Path, present: Mapping[int, Owner]) -> Owner | None:
+    """Of these leases the owner of the highest that has not expired; None: all have."""
+    for number, owner in sorted(present.items(), reverse=True):
         if not has_expired(path_of(folder, number), owner):
             return owner
-        number += 1
     return None
+
+
+def holder(folder: Path) -> Owner | None:
+    """Who has the lease of a folder now. None: nobody, or an owner that is gone."""
+    return living(folder, leases(folder))
 
 
 class Lease:
@@ -163,16 +195,24 @@ class Lease:
 
     Attributes:
         token: names this lease to another process that writes on behalf of its owner.
-        before: the owner of the expired lease that this one follows; None without one.
+        followed: the owners of the expired leases that this one follows, by number.
     """
 
-    def __init__(self, folder: Path, number: int, token: str, before: Owner | None = None) -> None:
-        self.folder, self.number, self.token, self.before = folder, number, token, before
+    def __init__(
+        self, folder: Path, number: int, token: str, followed: Mapping[int, Owner] | None = None
+    ) -> None:
+        self.folder, self.number, self.token = folder, number, token
+        self.followed = dict(followed or {})
         self._released = threading.Event()
 
     @property
     def path(self) -> Path:
         return path_of(self.folder, self.number)
+
+    @property
+    def before(self) -> Owner | None:
+        """The owner of the last expired lease that this one follows; None without one."""
+        return self.followed[max(self.followed)] if self.followed else None
 
     def confirm(self) -> None:
         """Raises Lost where another process has taken the lease over."""
@@ -184,11 +224,14 @@ class Lease:
             )
 
     def _is_followed(self) -> bool:
-        """Whether another process holds the lease after this one."""
-        path, end = path_of(self.folder, self.number + 1), time.monotonic() + WRITTEN
-        while (after := owner_of(path)) is NOBODY and time.monotonic() < end:
+        """Whether another process holds a lease after this one."""
+        end = time.monotonic() + WRITTEN
+        while NOBODY in (after := self._later()) and time.monotonic() < end:
             time.sleep(0.01)
-        return after is NOBODY or (after is not None and after.follows == self.token)
+        return any(owner is NOBODY or self.token in owner.follows.split() for owner in after)
+
+    def _later(self) -> list[Owner]:
+        return [owner for n, owner in leases(self.folder).items() if n > self.number]
 
     def release(self) -> None:
         """Let go of the folder. A second call, and one after a loss, do nothing."""
@@ -197,7 +240,7 @@ class Lease:
             self.confirm()
         except Lost:
             return
-        for number in range(1, self.number + 1):  # the own one last: it guards the expired ones
+        for number in (*sorted(self.followed), self.number):  # the own one guards the expired ones
             path_of(self.folder, number).unlink(missing_ok=True)
 
     def keep(self) -> None:
@@ -219,9 +262,29 @@ class Lease:
 def take(folder: Path) -> Lease:
     """The lease of a folder that exists.
 
+    Who meets others at the same moment tries again, for `WRITTEN` seconds.
+
     Raises:
         Busy: another process has it. The message names its host, its number and its age.
         OSError: nothing can be written there.
+    """
+    end = time.monotonic() + WRITTEN
+    while True:
+        present = leases(folder)
+        other = living(folder, present)
+        if other is None and (lease := follow(folder, present)):
+            lease.keep()
+            return lease
+        if other not in (None, NOBODY) or time.monotonic() > end:
+            who = other or holder(folder) or "other processes that try to take it"
+            raise Busy(f"{str(folder)!r} is in use by {who}")
+        time.sleep(random.uniform(0, 0.1))
+
+
+def follow(folder: Path, present: Mapping[int, Owner]) -> Lease | None:
+    """The lease after some that have expired; None where these are not all any more.
+
+    Raises OSError: nothing can be written there.
     """
     own = Owner(
         host=socket.gethostname(),
@@ -230,39 +293,32 @@ def take(folder: Path) -> Lease:
         birth=birth_of(os.getpid()) or "",
         since=time.time(),
         token=uuid4().hex,
+        follows=" ".join(owner.token for owner in present.values() if owner.token),
     )
-    number, before = 1, None
-    while True:
-        path = path_of(folder, number)
-        try:
-            with open(path, "xb") as file:
-                mine = replace(own, follows=before.token) if before else own
-                file.write(json.dumps(asdict(mine)).encode())
-        except FileExistsError:
-            owner = owner_of(path)
-            if owner is None:  # released just now
-                number, before = 1, None
-            elif not has_expired(path, owner):
-                raise Busy(f"{str(folder)!r} is in use by {owner}") from None
-            else:
-                number, before = number + 1, owner
-            continue
-        # what was expired must still be there, and nobody further on: else a release went on meanwhile
-        below = owner_of(path_of(folder, number - 1)) if before else None
-        if below == before and not path_of(folder, number + 1).exists():
-            lease = Lease(folder, number, own.token, before)
-            lease.keep()
-            return lease
+    number = max(present, default=0) + 1
+    path = path_of(folder, number)
+    try:
+        file = open(path, "xb")
+    except FileExistsError:
+        return None
+    try:
+        with file:
+            file.write(json.dumps(asdict(own)).encode())
+    except BaseException:  # a full disk, say
         path.unlink(missing_ok=True)
-        number, before = 1, None
-        time.sleep(random.uniform(0, 0.1))
+        raise
+    now = leases(folder)
+    if now == {**present, number: own}:
+        return Lease(folder, number, own.token, present)
+    if now.get(number) == own:  # after a long sleep it may be another's
+        path.unlink(missing_ok=True)
+    return None
 
 
 def on_behalf(folder: Path, token: str) -> Lease:
     """The lease that another process holds for this one. Raises Lost where it does not."""
-    number = 1
-    while (owner := owner_of(path_of(folder, number))) and owner.token != token:
-        number += 1
-    lease = Lease(folder, number, token)
+    clock_of(folder)  # a network file system then lists the folder again
+    own = (number for number, owner in leases(folder).items() if owner.token == token)
+    lease = Lease(folder, next(own, 0), token)
     lease.confirm()
     return lease

@@ -274,16 +274,24 @@ def read_state(path: Path) -> dict[str, Tensor]:
         )
         raise WeightsError(f"weights: {path} is no state dict of tensors; it holds {entries}")
     prefix = "module." if state and all(str(n).startswith("module.") for n in state) else ""
-    if bad := finite.nonfinite_names(state):
-        raise WeightsError(f"weights: {path} holds numbers that are not finite, in {listing(bad)}")
+    if bad := finite.nonfinite_names({n: in_float32(t) for n, t in state.items()}):
+        large = "" if finite.nonfinite_names(state) else " in float32"
+        raise WeightsError(
+            f"weights: {path} holds numbers that are not finite{large}, in {listing(bad)}"
+        )
     return {str(name).removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
+def in_float32(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor as a network gets them; those of other kinds as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 def load_backbone(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> None:
-    """Copy a state dict, its classifier left out, into a network; dtypes are converted.
+    """Copy a state dict, its classifier left out, into a network; floating dtypes are converted.
 
     Raises WeightsError that goes on from `complaint` with the first name that is missing, the first
-    that is unexpected and the first of another shape.
+    that is unexpected, the first of another shape and the first of a dtype that is not allowed.
     """
     classifier = classifier_name(model) + "."
     state = {OLD_DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
@@ -301,9 +309,19 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], complaint: str)
     if shapes:
         theirs, ours = tuple(state[shapes[0]].shape), tuple(own[shapes[0]].shape)
         problems.append(f"{shapes[0]} has shape {theirs}, not {ours} ({len(shapes)} keys)")
+    kinds = [n for n in state if n in own and not fits(state[n].dtype, own[n].dtype)]
+    if kinds:
+        theirs = str(state[kinds[0]].dtype).removeprefix("torch.")
+        allowed = "allowed: float16 | bfloat16 | float32 | float64"
+        problems.append(f"{kinds[0]} has dtype {theirs} ({len(kinds)} keys); {allowed}")
     if problems:
         raise WeightsError(f"weights: {complaint}: {'; '.join(problems)}")
     model.load_state_dict(state, strict=False)
+
+
+def fits(dtype: torch.dtype, own: torch.dtype) -> bool:
+    """Whether numbers of a file may be converted to a network's: those with a fraction, or counters."""
+    return dtype.is_floating_point if own.is_floating_point else not dtype.is_complex
 
 
 def caveats(path: Path, digest: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 LINE_SECONDS = 30.0  # without a terminal, at most one line of progress in this time
+
+
+def show_any_name() -> None:
+    """Print what the encoding of standard output lacks as an escape, as standard error does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a caller may have put anything there
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Screen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 from domainshift import files
 from domainshift.config import REPOSITORY, Config, hash_of, resolve
 from domainshift.data import DataSet, open_data
+from domainshift.data.folder import is_utf8
 from domainshift.errors import ConfigError
 from domainshift.methods import METHODS, Method, load_method_file, method_named
 from domainshift.models import output_shapes, weights_digest
@@ -41,6 +42,9 @@ def set_up(values: Mapping[str, Any], data: DataSet | None = None) -> Setup:
     for name in ("data", "cache", "method_file"):
         if not isinstance(given.get(name), str | Path | None):
             raise ConfigError(f"{name}: {given[name]!r} is not allowed; allowed: a path")
+    for name in ("data", "cache", "method_file", "weights", "out"):  # which go into config.yaml
+        if not is_path_in_utf8(value := given.get(name)):
+            raise ConfigError(f"{name}: {value!r} is not allowed; allowed: a path in UTF-8")
     if given.get("method_file") is not None:
         load_method_file(Path(given["method_file"]))
     method = method_named(str(given.get("mode", Config.model_fields["mode"].default)))
@@ -57,6 +61,12 @@ def set_up(values: Mapping[str, Any], data: DataSet | None = None) -> Setup:
     method.layer_names(config)
     output_shapes(config.model, config.image_size)
     return Setup(config, method, data, warnings + more)
+
+
+def is_path_in_utf8(value: Any) -> bool:
+    """Whether text or a path names a file in UTF-8; values of other types are left to other checks."""
+    text = str(value)
+    return not isinstance(value, str | Path) or bool(text and is_utf8(text) and "\0" not in text)
 
 
 def without_numpy(value: Any) -> Any:
@@ -115,17 +125,22 @@ def origin(setup: Setup) -> dict[str, Any]:
     (digests).
     """
     shared = training_setup(setup)
-    config, method, data, _ = shared
+    config, method, *_ = shared
     switches = config.training_values()
     weights = switches.pop("weights")
     file = config.method_file
     return {
         "switches": switches,
         "targets": targets_of_training(shared),
-        "images": {name: data.digest(name, config.limit) for name in method.domains(config)},
+        "images": digests(shared, method.domains(config)),
         "weights": known_digest(weights, config.model, stamp(config.weights)),
         "method_file": None if file is None else files.digest(Path(file)),
     }
+
+
+def digests(setup: Setup, domains: Iterable[str]) -> dict[str, str]:
+    """What stands for the images of domains, by name. Raises DataError."""
+    return {name: setup.data.digest(name, setup.config.limit) for name in dict.fromkeys(domains)}
 
 
 def training_key(setup: Setup) -> str:

@@ -44,6 +44,21 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_processes_with_one_number_do_not_meet(tmp_path, monkeypatch):
+    """As those of two containers that share a folder."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path = tmp_path / "cache.npy"
+    with files.replacing(path) as first:
+        first.write(b"first")
+        with files.replacing(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        (temporary,) = tmp_path.glob(".*.part")  # as runs look for what a kill left
+        assert temporary.name.startswith(".cache.npy.7-")
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["cache.npy"]
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(RecordError, match="cannot write .*nowhere.*it was not written"):
         files.write_json(tmp_path / "nowhere" / "a.json", {})

@@ -1,5 +1,6 @@
 """Leases of folders: one owner at a time, whatever ends it."""
 
+import errno
 import json
 import os
 import random
@@ -85,13 +86,132 @@ def test_on_another_machine_signs_of_life_decide(tmp_path, number):
     assert files_in(tmp_path) == []
 
 
-def test_a_file_that_was_cut_off_counts_until_it_is_old(tmp_path):
+def test_a_file_that_was_cut_off_counts_until_it_is_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "WRITTEN", 0.05)
     path_of(tmp_path, 1).write_text('{"host": "fa')
-    with pytest.raises(Busy, match="an unknown host"):
+    refusal = "in use by a process that was cut off while it took the folder$"
+    with pytest.raises(Busy, match=refusal):
         take(tmp_path)
     os.utime(path_of(tmp_path, 1), (0, 0))
     take(tmp_path).release()
     assert files_in(tmp_path) == []
+
+
+def test_a_file_that_gets_its_contents_is_named_by_them(tmp_path):
+    path_of(tmp_path, 1).touch()
+    later = threading.Timer(0.1, leave, (tmp_path, ELSEWHERE))
+    later.start()
+    with pytest.raises(Busy, match="in use by process 17 on far"):
+        take(tmp_path)
+    later.join()
+
+
+class FullDisk:
+    """A file that takes nothing."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "open", lambda *a: FullDisk(open(*a)), raising=False)
+        with pytest.raises(OSError, match="No space left"):
+            take(tmp_path)
+    assert files_in(tmp_path) == []
+    take(tmp_path).release()
+
+
+# --- gaps ---
+
+
+@pytest.mark.parametrize("number", [2, 5])
+def test_a_lone_later_lease_counts_as_any_other(tmp_path, number):
+    """As a kill in the middle of a release leaves it."""
+    leave(tmp_path, ELSEWHERE, number)
+    with pytest.raises(Busy, match="in use by process 17 on far, for 3 h"):
+        take(tmp_path)
+    assert holder(tmp_path) == ELSEWHERE
+    leave(tmp_path, ELSEWHERE, number, 2 * lease.EXPIRY)
+    assert holder(tmp_path) is None
+    with take(tmp_path) as own:
+        own.confirm()
+        on_behalf(tmp_path, own.token).confirm()
+        assert own.before == ELSEWHERE and holder(tmp_path).token == own.token
+        with pytest.raises(Busy, match=f"process {os.getpid()} on"):
+            take(tmp_path)
+    assert files_in(tmp_path) == []
+
+
+def test_a_kill_within_a_release_leaves_a_folder_that_can_be_taken(tmp_path, monkeypatch):
+    leave(tmp_path, replace(ELSEWHERE, process=GONE), seconds=1000)
+    own = take(tmp_path)
+    owner, unlink = owner_of(own.path), type(tmp_path).unlink
+
+    def killed(path, missing_ok=False):
+        unlink(path, missing_ok)
+        if path == path_of(tmp_path, 1):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(tmp_path), "unlink", killed)
+        own.release()
+    assert files_in(tmp_path) == [own.path.name]
+    leave(tmp_path, replace(owner, process=GONE), own.number)
+    take(tmp_path).release()
+    assert files_in(tmp_path) == []
+
+
+def test_any_lease_below_the_last_counts(tmp_path):
+    """The last one is of another who looked too early, and was killed."""
+    with take(tmp_path) as own:
+        leave(tmp_path, replace(ELSEWHERE, follows="of one that is gone"), 3, 2 * lease.EXPIRY)
+        with pytest.raises(Busy, match=f"process {os.getpid()} on"):
+            take(tmp_path)
+        own.confirm()
+
+
+def test_all_expired_leases_are_followed(tmp_path):
+    """So each owner that slept is told, whatever lies above its lease."""
+    own = take(tmp_path)
+    owner = owner_of(own.path)
+    leave(tmp_path, replace(owner, process=GONE))  # as another machine sees one that sleeps
+    leave(tmp_path, replace(ELSEWHERE, token="early"), 3, 2 * lease.EXPIRY)
+    with take(tmp_path) as other:
+        assert owner_of(other.path).follows.split() == [own.token, "early"]
+        with pytest.raises(Lost):
+            own.confirm()
+    with pytest.raises(Lost):
+        own.confirm()
+    assert files_in(tmp_path) == []
+
+
+def test_a_link_to_nowhere_counts_until_it_is_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "WRITTEN", 0.05)
+    path_of(tmp_path, 1).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(Busy, match="a process that was cut off"):
+        take(tmp_path)
+    os.utime(path_of(tmp_path, 1), (0, 0), follow_symlinks=False)
+    take(tmp_path).release()
+    assert files_in(tmp_path) == []
+
+
+def test_who_cannot_succeed_gives_up(tmp_path, monkeypatch):
+    """The file that it must create is there whenever it looks, and gone before it can be read."""
+    monkeypatch.setattr(lease, "WRITTEN", 0.2)
+    monkeypatch.setattr(lease, "leases", lambda folder: {})
+    path_of(tmp_path, 1).touch()
+    with pytest.raises(Busy, match="in use by other processes that try to take it"):
+        take(tmp_path)
 
 
 def test_an_owner_shows_that_it_lives(tmp_path, monkeypatch):

@@ -93,7 +93,9 @@ def test_no_data_means_the_pacs_folder_or_the_toy(monkeypatch, tmp_path):
 
 
 def test_layers_that_the_network_lacks_are_refused():
-    with pytest.raises(ConfigError, match="layers: there is no conv 21; this model has 1 conv1"):
+    with pytest.raises(
+        ConfigError, match="layers: there is no conv 21; this model has convs 1 to 20"
+    ):
         set_up(TINY | {"mode": "da", "layers": 21})
 
 
@@ -126,3 +128,19 @@ def test_defaults_of_torch_in_the_caller_are_as_if_they_were_not_there(device):
         torch.set_default_dtype(torch.float32)
     assert state_digest(model.state_dict()) == before
     assert setup.method.layer_names(setup.config) == ("conv1",)
+
+
+@pytest.mark.parametrize("name", ["data", "cache", "weights", "out"])
+@pytest.mark.parametrize("path", ["", "runs/\udcff", "runs/\0"])
+def test_a_path_that_config_yaml_cannot_hold_is_refused(name, path):
+    """A run in such a folder could not be resumed, and an empty --data would mean the current folder."""
+    with pytest.raises(ConfigError, match=f"^{name}: .* is not allowed; allowed: a path in UTF-8"):
+        set_up({"data": "toy", name: path})
+
+
+def test_a_seed_beyond_64_bits_is_refused():
+    assert set_up({"data": "toy", "seed": 2**64 - 1}).config.seed == 2**64 - 1
+    with pytest.raises(
+        ConfigError, match=r"^seed: .* allowed: a whole number from 0 to 2\*\*64 - 1"
+    ):
+        set_up({"data": "toy", "seed": 2**64})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,25 @@ from domainshift.data.images import (
     UnlabelledImages,
     train_transform,
 )
+from domainshift.errors import DataError
+from domainshift.files import write_bytes
 from domainshift.plotting import Figure
+from domainshift.torch_defaults import own_defaults
 
 IMAGES, EPOCHS = 12, 3  # in a picture
 
 
+@own_defaults()
 def draw_augmentation(
     path: Path, domain: Domain, image_size: int, seed: int, device: torch.device
 ) -> float:
     """Draw images of a domain as epochs see them: by the reference, and below by the device.
 
-    Returns the largest difference of a pixel, in 255ths.
+    Returns the largest difference of a pixel, in 255ths. Raises DataError for a path without the suffix
+    .png or .pdf, and RecordError where it cannot be written.
     """
+    if path.suffix not in (".png", ".pdf"):
+        raise DataError(f"path: {str(path)!r} is not allowed; allowed: a file .png or .pdf")
     rows = np.linspace(0, len(domain.images) - 1, IMAGES).astype(int)
     figure = Figure(figsize=(IMAGES, 2.1 * EPOCHS + 0.5), layout="constrained")
     grid = figure.subplots(2 * EPOCHS, IMAGES, squeeze=False)
@@ -50,5 +58,7 @@ def draw_augmentation(
         f"{domain.name}, {image_size} x {image_size}, seed {seed}: largest difference of a pixel "
         f"{largest:.2f} of 255"
     )
-    figure.savefig(path, dpi=110)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=110)
+    write_bytes(path, content.getvalue())
     return largest

@@ -18,15 +18,15 @@ from domainshift.data import open_data
 from domainshift.data.fetch import HUB_DATASET, fetch
 from domainshift.data.pacs import DEFAULT_ROOT
 from domainshift.data.verify import verify
-from domainshift.errors import DataError
-from domainshift.progress import Screen
+from domainshift.errors import BadInput
+from domainshift.progress import Screen, show_any_name
 
 PROBLEMS, BAD_INPUT = 1, 2  # exit statuses
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="data.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+        prog="data.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     commands = result.add_subparsers(dest="command", required=True)
     command = commands.add_parser("verify", help="read every image; compare PACS with the official")
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 all right, 1 problems with the images, 2 bad input."""
+    show_any_name()
     args, screen = parser().parse_args(arguments), Screen()
     path = (args.to if args.command == "fetch" else args.path).expanduser()
     try:
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "fetch":
             fetch(path, args.source and args.source.expanduser(), screen)
         problems = verify(path, screen)
-    except (DataError, OSError) as error:
+    except (BadInput, OSError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         return BAD_INPUT
     for problem in problems:

@@ -14,6 +14,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -195,7 +196,8 @@ class Folder(DataSet):
         except (OSError, ValueError):
             side = self.side or common_side(paths)
             result = side, content_digest(folder, self.paths(domain, limit), side)
-            self._write_cache(memo, [" ".join(map(str, result)).encode()])
+            with suppress(DataError):  # the next one reads the files again
+                self._write_cache(memo, [" ".join(map(str, result)).encode()])
         self._stored[domain, limit] = result
         return result
 
@@ -249,7 +251,9 @@ class Folder(DataSet):
                 for piece in pieces:
                     file.write(piece)
         except OSError as error:
-            raise DataError(f"cannot write the image cache {target}: {error}") from error
+            raise DataError(
+                f"cannot write the image cache {target}: {error}; --cache names another folder"
+            ) from error
 
 
 # --- what lies in a folder --------------------------------------------------------------------

@@ -198,7 +198,7 @@ class Method:
             # reads the scaler's verdict on the device: otherwise each update waits for the GPU
             fused=device.type == "cuda",
         )
-        # steps once per epoch, or where updates are counted once for each that moved the weights
+        # steps once for each epoch, or where updates are counted each update, that moved the weights
         step_size = max(1, int(config.step_fraction * (config.updates or config.epochs)))
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size, config.gamma)
         self.amp_dtype = AUTOCAST_DTYPES[config.amp]

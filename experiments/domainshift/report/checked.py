@@ -26,8 +26,8 @@ def check(index: SuiteIndex) -> None:
 
 
 def faults(index: SuiteIndex) -> Iterator[str]:
-    shown = index.model_dump(exclude={"trainings": {"__all__": {"switches"}}})
-    for place, text in texts(shown):
+    values = index.model_dump(exclude={"trainings": {"__all__": {"switches"}}})
+    for place, text in texts(values):
         if CONTROL.search(text) or (SURROGATE.search(text) and not OF_FILES.search(place)):
             yield f"{place}: {short(text)} is not allowed; allowed: text without control characters"
     if index.margin is not None and index.margin > LARGEST_MARGIN:

@@ -28,7 +28,7 @@ from domainshift.config import pick_device
 from domainshift.errors import BadInput, SuiteError
 from domainshift.lease import Busy, Lease, take
 from domainshift.methods import load_method_file
-from domainshift.progress import Screen
+from domainshift.progress import Screen, show_any_name
 from domainshift.records.results import read_evaluation
 from domainshift.records.schema import (
     CHECKPOINT,
@@ -366,6 +366,7 @@ def run_suite(flags: Namespace, screen: Screen) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 all done, 2 bad input, 1 some trainings failed, 130 interrupted."""
+    show_any_name()
     if arguments is None:
         arguments = sys.argv[1:]
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, for job schedulers

@@ -38,7 +38,7 @@ import traceback  # noqa: E402
 from domainshift.config import Test  # noqa: E402
 from domainshift.errors import BadInput, Failure  # noqa: E402
 from domainshift.methods import blamed  # noqa: E402
-from domainshift.progress import Screen  # noqa: E402
+from domainshift.progress import Screen, show_any_name  # noqa: E402
 from domainshift.setup import set_up  # noqa: E402
 from domainshift.training.run import execute  # noqa: E402
 
@@ -49,6 +49,7 @@ def serve() -> None:
     """Answer jobs until there are no more, or until an error that nobody foresaw."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     sys.stdout.reconfigure(line_buffering=True)
+    show_any_name()
     for line in sys.stdin:
         job = json.loads(line)
         print_to(job["log"])

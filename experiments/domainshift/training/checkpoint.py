@@ -34,19 +34,34 @@ def switch_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     return differing(old, new)
 
 
+def image_differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """In words, which domains have other images in `new`. Arguments: digests, by domain."""
+    return [
+        f"the images of {name} are others ({old[name][:12]} -> {digest[:12]})"
+        for name, digest in new.items()
+        if old.get(name, digest) != digest
+    ]
+
+
 def check_origin(saved: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
-    """Raises ConfigError, which names each difference, unless both are one training."""
+    """Raises ConfigError, which names each difference, unless both are one training.
+
+    Domains that are tested now and were not before are no difference.
+    """
     differences = switch_differences(saved["switches"], own["switches"])
     for name in ("targets", "weights", "method_file"):
         differences += differing({name: saved[name]}, {name: own[name]})
-    for name, digest in own["images"].items():
-        if saved["images"].get(name, digest) != digest:
-            differences.append(f"the images of {name} are others")
+    differences += image_differences(images_of(saved), images_of(own))
     if differences:
         raise ConfigError(
             f"{path} is of another training ({'; '.join(differences)}); use the same values, images "
             "and weights, or another --out"
         )
+
+
+def images_of(made_of: Mapping[str, Any]) -> dict[str, str]:
+    """The digests of all images that a training, or its tests, read, by domain."""
+    return {**made_of["images"], **made_of.get("tested", {})}
 
 
 def check_growth(
@@ -83,7 +98,11 @@ def check_growth(
 
 
 def save(path: Path, method: Method, epoch: int, made_of: Mapping[str, Any]) -> None:
-    """Write the state after an epoch. Raises RecordError, with the old file untouched."""
+    """Write the state after an epoch. Raises RecordError, with the old file untouched.
+
+    Args:
+        made_of: of `domainshift.setup.origin`, and as `tested` the digests of tested domains.
+    """
     state = method.state_dict() | {
         "epoch": epoch,
         "origin": dict(made_of),
@@ -145,10 +164,13 @@ def set_rates(method: Method, drops: int) -> None:
     schedule._last_lr = rates
 
 
-def load_weights(path: Path, method: Method, digest: str) -> None:
+def load_weights(path: Path, method: Method, digest: str, made_of: Mapping[str, Any]) -> None:
     """Give a method's network the weights that a training's record names.
 
-    Raises BadInput where the checkpoint holds other ones, or is missing.
+    Args:
+        made_of: as for `save`.
+
+    Raises BadInput where the checkpoint holds other ones or was tested on other images, or is missing.
     """
     if not path.is_file():
         raise BadInput(f"{path} is missing, so the finished training cannot be tested further")
@@ -159,4 +181,6 @@ def load_weights(path: Path, method: Method, digest: str) -> None:
             f"{path} was exchanged: the hash of its weights is {own[:12]}, and training.json names "
             f"{digest[:12]}"
         )
+    if isinstance(state.get("origin"), Mapping):
+        check_origin(state["origin"], made_of, path)
     method.model.load_state_dict(state["model"])

@@ -85,7 +85,9 @@ def evaluate_all(
     Args:
         epoch: after which the network is tested; it seeds the maps of `at_eval on`.
 
-    Raises ConfigError for a value of `at_eval` that the method does not have.
+    Raises:
+        ConfigError: a value of `at_eval` that the method does not have.
+        NonFiniteError: a logit or the output of a shaped layer is not finite.
     """
     for _, group in groupby(sorted(tests, key=statistics_of), key=statistics_of):
         first, *others = group
@@ -116,14 +118,21 @@ def between_epochs(tests: Sequence[Test], config: Config) -> list[Test]:
 
 @contextmanager
 def measured(method: Method, test: Test, sets: TestSets, epoch: int) -> Iterator[None]:
-    """Within it BatchNorm has the statistics that a test asks for."""
+    """Within it BatchNorm has the statistics that a test asks for.
+
+    Raises NonFiniteError where the output of a shaped layer is not finite while they are measured.
+    """
     with ExitStack() as stack:
         # the maps of the measurement have a stream of their own, which ends before the tests
         with random_stream(method, sets.config.seed, epoch, "/".join(statistics_of(test))):
             if test.bn != "trained":
                 images, indices = sets.statistics_images(test)
                 batches = mixed_batches(images, indices, sets.config)
-                stack.enter_context(method.recalibrated(batches))
+                try:
+                    stack.enter_context(method.recalibrated(batches))
+                except FloatingPointError as error:  # of a shaped layer
+                    where = f"test {test.name} after epoch {epoch}, while BatchNorm is measured"
+                    raise NonFiniteError(f"{where}: {error}") from None
         yield
 
 

@@ -51,8 +51,6 @@ TARGET_AUGMENTATION = 3  # purpose of a random stream, beside those of `domainsh
 # ResNet-18 divides the side by 32, so at this size its last maps have one pixel.
 ONE_PIXEL = 32
 
-REMEDY = "Lower lr ({0.lr:g}), or set amp to off (it is {0.amp})"  # for numbers that are not finite
-
 Test = Callable[[int], Mapping[str, Count]]
 
 
@@ -152,6 +150,9 @@ def train_epoch(
 ) -> dict[str, Any]:
     """One pass over the source, or what is left of the training. Returns the row's fields.
 
+    Where epochs are counted, the schedule of the learning rate steps after each in which an update was
+    made: one whose every update float16 skipped does not count.
+
     Raises:
         NonFiniteError: a loss, the output of a shaped layer, or a weight or buffer is not finite.
         ShapingError: a chosen layer was not shaped once per pass.
@@ -177,7 +178,7 @@ def train_epoch(
                 step = method.update(*tensors, whole=whole)
             except FloatingPointError as error:  # of a shaped layer
                 where = f"epoch {epoch}, update {number + 1}: {error}"
-                raise NonFiniteError(f"{where}. {REMEDY.format(config)}") from None
+                raise NonFiniteError(f"{where}. {remedy(method)}") from None
             # tensors are added, not read, so that no step waits for a GPU
             losses[number] = step.loss_sum
             correct += step.correct
@@ -188,7 +189,8 @@ def train_epoch(
     counts = torch.stack([correct.double(), moved.double(), skipped.double()])
     *sums, hits, moves, skips = distributed.summed(torch.cat([losses, counts])).tolist()
     seconds = time.perf_counter() - start
-    if config.updates is None:
+    skipped_updates = round(skips / distributed.size())
+    if config.updates is None and skipped_updates < len(sizes):
         method.schedule.step()
     passes = method.passes - passes_before
     fired = {name: count - fired_before[name] for name, count in method.fired().items()}
@@ -202,7 +204,7 @@ def train_epoch(
         "lr": lr,
         "train_seconds": seconds,
         "updates": len(sizes),
-        "skipped": round(skips / distributed.size()),
+        "skipped": skipped_updates,
         "passes": passes,
         "fired": fired,
         "density": shared_density(method),
@@ -225,8 +227,32 @@ def check_finite(method: Method, losses: Sequence[float], epoch: int) -> None:
     if names := finite.nonfinite_names(item for state in modules for item in state.items()):
         faults.append(f"at its end {listing(names)} are not finite")
     if faults:
-        advice = REMEDY.format(method.config)
-        raise NonFiniteError(f"epoch {epoch}: {'; '.join(faults)}. {advice}")
+        raise NonFiniteError(f"epoch {epoch}: {'; '.join(faults)}. {remedy(method)}")
+
+
+def check_moved(method: Method, rows: Sequence[Row]) -> None:
+    """Refuse a training in which float16 skipped every update, by a NonFiniteError."""
+    if all(row.skipped == row.updates for row in rows):
+        updates = sum(row.updates for row in rows)
+        raise NonFiniteError(
+            f"float16 skipped all {updates} updates, because gradients were not finite: no weight was "
+            f"trained. {remedy(method)}"
+        )
+
+
+def remedy(method: Method) -> str:
+    """What can keep the numbers of a training finite: a sentence without its full stop."""
+    config, options = method.config, method.config.options
+    ways = [f"lower lr ({config.lr:g})"]
+    if config.amp != "off":
+        ways.append(f"set amp to off (it is {config.amp})")
+    if len(method.layers) > 1:
+        ways.append(f"shape fewer layers ({len(method.layers)})")
+    if method.layers and getattr(options, "gradient", "") == "straight_through":
+        if not getattr(options, "product", False):  # which has no such gradient
+            ways.append("set gradient to clipped (it is straight_through)")
+    text = " or ".join([", ".join(ways[:-1]), ways[-1]] if len(ways) > 1 else ways)
+    return text[0].upper() + text[1:]
 
 
 def check_fired(fired: Mapping[str, int], passes: int) -> None:
@@ -347,4 +373,6 @@ def epoch_line(row: Row, epochs: int) -> str:
         parts.append(f"{name} {share:.2f} % ({count.correct}/{count.total})")
     left = (epochs - row.epoch) * row.seconds
     speed = row.source_train_total / row.train_seconds
+    if row.skipped:
+        parts.append(f"{row.skipped} of {row.updates} updates skipped")
     return "  ".join([*parts, f"{speed:.0f} images/s", f"{left:.0f} s left"])

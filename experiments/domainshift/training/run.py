@@ -29,12 +29,19 @@ from domainshift.records import results
 from domainshift.records.results import MANY_SKIPPED, Predictions, Result, Training
 from domainshift.records.schema import CHECKPOINT, CONFIG, SUMMARY, TRAINING, Count, Row
 from domainshift.records.validate import check, evaluation_faults, read_result
-from domainshift.setup import Setup, origin, targets_of_training, training_key, training_setup
+from domainshift.setup import (
+    Setup,
+    digests,
+    origin,
+    targets_of_training,
+    training_key,
+    training_setup,
+)
 from domainshift.torch_defaults import own_defaults
 from domainshift.training import checkpoint
 from domainshift.training.curve_log import curve_log
 from domainshift.training.evaluation import TestSets, between_epochs, count_of, evaluate_all
-from domainshift.training.loop import TrainingImages, train
+from domainshift.training.loop import TrainingImages, check_moved, train
 
 CURVES, MAPS = "curves.png", "maps.png"
 
@@ -97,7 +104,7 @@ def run(
             domains_of(shared, tests)
     with distributed.together():
         experiment = build(shared, tests, training, folder)
-        check_checkpoint(shared, experiment.method, training, folder)
+        check_checkpoint(shared, experiment.method, tests, training, folder)
     announce(setup, experiment, missing, training, screen)
     with distributed.together():
         if distributed.rank() == 0:
@@ -208,19 +215,28 @@ def finished_training(folder: Path, key: str) -> Training | None:
 def untested(
     folder: Path, shared: Setup, training: Training | None, tests: Sequence[Test]
 ) -> list[Test]:
-    """The tests that have no valid record of these weights and images."""
+    """The tests that have no valid record of these weights.
+
+    Raises ConfigError where a valid one is of other images.
+    """
     if training is None:
         return list(tests)
-    missing = []
+    missing, old = [], {}
     for test in tests:
         try:
             record = results.read_evaluation(folder, test.name)
         except RecordError:
             missing.append(test)
             continue
-        other = record.digest != results.domain_data(shared, test.domain).digest
-        if other or any(evaluation_faults(folder, training.record, record)):
+        if any(evaluation_faults(folder, training.record, record)):
             missing.append(test)
+        else:
+            old[test.domain] = record.digest
+    if differences := checkpoint.image_differences(old, digests(shared, old)):
+        raise ConfigError(
+            f"{folder} has tests on other images ({'; '.join(differences)}); use the same images, or "
+            "another --out"
+        )
     return missing
 
 
@@ -277,7 +293,11 @@ def write_config(
 
 
 def check_checkpoint(
-    shared: Setup, method: Method, training: Training | None, folder: Path
+    shared: Setup,
+    method: Method,
+    tests: Sequence[Test],
+    training: Training | None,
+    folder: Path,
 ) -> None:
     """Give a network the weights of a finished training, or see that an unfinished one can go on.
 
@@ -285,9 +305,15 @@ def check_checkpoint(
     """
     path = folder / CHECKPOINT
     if training is not None:
-        checkpoint.load_weights(path, method, training.record.weights_digest)
+        own = made_of(shared, tests)
+        checkpoint.load_weights(path, method, training.record.weights_digest, own)
     elif path.exists():
-        checkpoint.check(checkpoint.read(path), path, method, origin(shared))
+        checkpoint.check(checkpoint.read(path), path, method, made_of(shared, tests))
+
+
+def made_of(shared: Setup, tests: Sequence[Test]) -> dict[str, Any]:
+    """`origin`, with the images of the tested domains: what a checkpoint says of itself."""
+    return origin(shared) | {"tested": digests(shared, (test.domain for test in tests))}
 
 
 # --- building ---------------------------------------------------------------------------------
@@ -440,10 +466,12 @@ def trained(
         last.update(evaluate_all(method, wanted, experiment.sets, epoch, screen))
         return {test.name: count_of(predictions) for test, predictions in last.items()}
 
-    parts = origin(shared)
+    parts = made_of(shared, tests)
     rows = train(
         method, experiment.images, config, folder, parts, test, screen, experiment.log, lease
     )
+    with distributed.together():
+        check_moved(method, rows)
     skipped, updates = (sum(getattr(row, n) for row in rows) for n in ("skipped", "updates"))
     if skipped > MANY_SKIPPED * updates:
         lost = f"float16 skipped {skipped} of {updates} updates, more than {MANY_SKIPPED:.0%}"

@@ -1,10 +1,11 @@
-"""Brackets in the paths that a command prints are text.
+"""Brackets in the paths that a command prints are text, and so is what the output cannot encode.
 
 As markup of rich, "[red]" would vanish, and "[/b]" end a style that never began: rich raises an error.
 """
 
 import io
 import json
+import sys
 
 import pytest
 from domainshift import command, progress
@@ -112,3 +113,20 @@ def test_suite(place, squares, printed, capsys):
     assert "0 of 25 trainings" in printed()
     assert sweep_command.main([*words, "--data", str(place / "[red]nowhere")]) == 2
     assert str(place / "[red]nowhere") in capsys.readouterr().err
+
+
+def test_names_that_the_output_cannot_encode_are_printed_as_escapes(tmp_path, monkeypatch):
+    """As with PYTHONIOENCODING=ascii, or where the locale has another encoding."""
+    root = make_squares(tmp_path / "\u00e9", domains=("\u00e9\u00e9n", "two"))
+    out = io.BytesIO()
+    monkeypatch.setattr(folder, "DATA_FOLDER", tmp_path / "data")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii", write_through=True))
+    assert data_command.main(["verify", str(root)]) == 0
+    assert rb"\xe9\xe9n" in out.getvalue()
+
+
+def test_verify_needs_no_cache(tmp_path, monkeypatch):
+    root = make_squares(tmp_path / "squares")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(folder, "DATA_FOLDER", tmp_path / "file")
+    assert data_command.main(["verify", str(root)]) == 0

@@ -262,7 +262,9 @@ def config_with(**values):
     "values, epochs, rates",
     [
         ({"epochs": 3}, [(3, 0)] * 3, [0.1, 0.1, 0.05]),  # int(0.8 * 3) = 2 epochs
-        ({"epochs": 3, "amp": "float16"}, [(3, 3)] * 3, [0.1, 0.1, 0.05]),
+        ({"epochs": 3, "amp": "float16"}, [(3, 2)] * 3, [0.1, 0.1, 0.05]),
+        # an epoch whose every update was skipped does not count
+        ({"epochs": 3, "amp": "float16"}, [(3, 3), (3, 1), (3, 0)], [0.1, 0.1, 0.1]),
         ({"epochs": 1}, [(3, 0)], [0.1]),
         # int(0.8 * 10) = 8 updates that moved the weights
         ({"epochs": None, "updates": 10}, [(3, 0), (3, 0), (3, 0), (1, 0)], [0.1, 0.1, 0.1, 0.05]),

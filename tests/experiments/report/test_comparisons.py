@@ -157,7 +157,7 @@ def test_the_table_with_most_arms_gives_the_spread(tmp_path):
 
 
 def test_a_training_counts_once_in_the_spread(tmp_path):
-    """AdaBN and the baseline measured anew are tests of the baseline's training."""
+    """AdaBN and the baseline measured again are tests of the baseline's training."""
     extra = """      adabn: {mode: adabn}
       recal: {mode: baseline, bn_at_test: source}
 profiles:"""

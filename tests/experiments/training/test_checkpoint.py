@@ -8,7 +8,7 @@ import torch
 from domainshift.errors import BadInput, ConfigError, RecordError
 from domainshift.models import state_digest
 from domainshift.records import results
-from domainshift.records.schema import CHECKPOINT, CONFIG, TRAINING
+from domainshift.records.schema import CHECKPOINT, CONFIG, SUMMARY, TRAINING
 from domainshift.records.validate import check
 from domainshift.setup import origin
 from domainshift.training import checkpoint
@@ -96,14 +96,79 @@ def test_other_switches_are_refused_by_name(unfinished):
     assert (unfinished / CHECKPOINT).read_bytes() == before
 
 
-def test_other_images_are_refused_by_name(unfinished, monkeypatch):
+def other_images(monkeypatch, *domains):
+    """Reverse the digests of domains; returns the message about the first one."""
     data = setup_of().data
-    digest = type(data).digest
-    monkeypatch.setattr(
-        type(data), "digest", lambda self, name, limit=None: digest(self, name, limit)[::-1]
-    )
-    with pytest.raises(ConfigError, match="the images of art_painting are others"):
+    kind, digest = type(data), type(data).digest
+
+    def changed(self, name, limit=None):
+        own = digest(self, name, limit)
+        return own[::-1] if name in domains else own
+
+    monkeypatch.setattr(kind, "digest", changed)
+    new = setup_of().data.digest(domains[0], 3)
+    return rf"the images of {domains[0]} are others \({new[::-1][:12]} -> {new[:12]}\)"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_other_images_are_refused_by_name(unfinished, monkeypatch):
+    message = other_images(monkeypatch, "art_painting")
+    with pytest.raises(ConfigError, match=message):
         resumed(unfinished)
+
+
+def test_other_images_of_a_tested_domain_are_refused_by_name(unfinished, monkeypatch):
+    """Also where training does not read them, and there are no records of tests yet."""
+    shutil.rmtree(unfinished / "evaluations")
+    before = contents(unfinished)
+    message = other_images(monkeypatch, "sketch", "photo")
+    for target in ("sketch", ["sketch", "photo"], "cartoon"):
+        with pytest.raises(ConfigError, match=message):
+            resumed(unfinished, target=target, epochs=2)
+    assert contents(unfinished) == before
+
+
+@pytest.mark.parametrize("lost", [None, SUMMARY, "evaluations"])
+def test_a_finished_run_is_not_tested_on_other_images(copied, monkeypatch, lost):
+    if lost == SUMMARY:
+        (copied / lost).unlink()
+    elif lost:
+        shutil.rmtree(copied / lost)
+    before = contents(copied)
+    message = other_images(monkeypatch, "sketch")
+    for target in ("sketch", "cartoon"):
+        with pytest.raises(ConfigError, match=message):
+            resumed(copied, target=target)
+    assert contents(copied) == before
+
+
+def test_without_a_checkpoint_the_tests_know_their_images(copied, monkeypatch):
+    """As a suite leaves a finished training, and as an earlier version of it did."""
+    (copied / CHECKPOINT).unlink()
+    message = "has tests on other images .*" + other_images(monkeypatch, "sketch")
+    with pytest.raises(ConfigError, match=message):
+        resumed(copied)
+
+
+def test_a_checkpoint_that_knows_no_tested_images_is_gone_on_from(unfinished):
+    state = checkpoint.read(unfinished / CHECKPOINT)
+    del state["origin"]["tested"]
+    torch.save(state, unfinished / CHECKPOINT)
+    resumed(unfinished, target="cartoon", epochs=2)
+    tested = checkpoint.read(unfinished / CHECKPOINT)["origin"]["tested"]
+    assert sorted(tested) == ["art_painting", "cartoon", "sketch"]
+    assert check(unfinished) == []
+
+
+def test_a_finished_training_is_tested_on_a_further_target_whose_images_changed(
+    copied, monkeypatch
+):
+    other_images(monkeypatch, "cartoon")  # since the other tests, which did not read them
+    resumed(copied, target="cartoon")
+    assert "cartoon-bn-source" in results.evaluation_names(copied)
 
 
 def test_other_weights_are_refused_by_name(unfinished, tmp_path):

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from domainshift.config import Test
+from domainshift.errors import NonFiniteError
 from domainshift.methods import Method
 from domainshift.models import state_digest
 from domainshift.records import results
-from domainshift.records.schema import CHECKPOINT
+from domainshift.records.schema import CHECKPOINT, METRICS
 from domainshift.training import evaluation
 from domainshift.training.evaluation import count_of, evaluate, evaluate_all
 from domainshift.training.run import build
@@ -33,6 +34,23 @@ def built(tmp_path, **switches):
     setup = setup_of(**switches)
     experiment = build(setup, setup.config.tests(), None, tmp_path)
     return experiment.method, experiment.sets
+
+
+def test_a_nan_while_batch_norm_is_measured_names_epoch_and_test(tmp_path, monkeypatch):
+    """Where it first appears then, after a whole epoch of finite numbers."""
+    own = Method.recalibrate
+
+    def poisoned(self, batches):
+        own(self, (images * float("nan") for images in batches))
+
+    monkeypatch.setattr(Method, "recalibrate", poisoned)
+    expected = (
+        "^test sketch-shaping-on-bn-source after epoch 1, while BatchNorm is measured: layer 'conv1': "
+        r"\d+ of \d+ values of its output are not finite"
+    )
+    with pytest.raises(NonFiniteError, match=expected):
+        run(tmp_path / "r", **SHAPED["random"], epochs=1)
+    assert not (tmp_path / "r" / METRICS).exists()
 
 
 # --- predictions ---

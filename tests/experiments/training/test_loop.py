@@ -12,7 +12,7 @@ from domainshift.methods import Method
 from domainshift.records.schema import CHECKPOINT, METRICS
 from domainshift.records.validate import check
 from domainshift.setup import origin
-from domainshift.training.loop import train
+from domainshift.training.loop import remedy, train
 from domainshift.training.run import build
 from tiny_runs import TOTAL, quiet, rows_of, run, same_tensors, setup_of, state_of
 
@@ -198,9 +198,9 @@ def test_shaping_that_does_not_happen_stops_the_run(monkeypatch, tmp_path, mode)
     def detached(cls, model, config):
         attachment = attach(cls, model, config)
         attachment.remove()
-        attachment.record = lambda *_: None
         return attachment
 
+    monkeypatch.setattr(fastshape.Attachment, "record", lambda *_: None)
     monkeypatch.setattr(kind, "attach", classmethod(detached))
     with pytest.raises(ShapingError, match="conv1 was shaped 0 times in 2 training passes"):
         run(tmp_path / "r", **SHAPED[mode])
@@ -244,7 +244,7 @@ def test_a_nan_that_binarization_hides_stops_the_run(tmp_path, monkeypatch):
 
 def test_maps_of_the_experiments_own_look_too(tmp_path, monkeypatch):
     poison(monkeypatch, lambda method: spoil(method.model.conv1.weight))
-    expected = "^epoch 1, update 2: layer 'conv1': its output is not finite. Lower lr"
+    expected = "^epoch 1, update 2: layer 'conv1': .* not finite. Lower lr"
     with pytest.raises(NonFiniteError, match=expected):
         run(tmp_path / "r", **SHAPED["random"], mask_unit="channel")
 
@@ -312,6 +312,77 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(WeightsError, match="not finite, in layer1.0.conv1.weight"):
         run(tmp_path / "r", weights=str(tmp_path / "bad.pt"))
     assert not (tmp_path / "r").exists()
+
+
+def state_with(tmp_path, name, change):
+    """The path of a network's weights, one of which is changed."""
+    state = built(tmp_path)[1].method.model.state_dict()
+    state[name] = change(state[name])
+    torch.save(state, tmp_path / "changed.pt")
+    return str(tmp_path / "changed.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", ["layer1.0.conv1.weight", "bn1.running_var"])
+def test_weights_without_a_fraction_or_complex_ones_are_refused(tmp_path, name, dtype):
+    path = state_with(tmp_path, name, lambda tensor: tensor.to(dtype))
+    kind = str(dtype).removeprefix("torch.")
+    message = rf"{name} has dtype {kind} \(1 keys\); allowed: float16 \| bfloat16 \| float32"
+    with pytest.raises(WeightsError, match=message):
+        run(tmp_path / "r", weights=path)
+    assert not (tmp_path / "r").exists()
+
+
+def test_counters_of_batches_may_be_whole_or_not_but_not_complex(tmp_path):
+    name = "bn1.num_batches_tracked"
+    for dtype in (torch.int32, torch.float32):
+        built(tmp_path, weights=state_with(tmp_path, name, lambda t, d=dtype: t.to(d)))
+    with pytest.raises(WeightsError, match=f"{name} has dtype complex64"):
+        built(tmp_path, weights=state_with(tmp_path, name, lambda t: t.to(torch.complex64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_dtypes_are_converted(tmp_path, dtype):
+    built(tmp_path, weights=state_with(tmp_path, "bn1.weight", lambda tensor: tensor.to(dtype)))
+
+
+def test_weights_that_float32_cannot_hold_are_refused(tmp_path):
+    path = state_with(tmp_path, "bn1.weight", lambda tensor: tensor.double() * 1e39)
+    message = r"changed.pt holds numbers that are not finite in float32, in bn1.weight$"
+    with pytest.raises(WeightsError, match=message):
+        run(tmp_path / "r", weights=path)
+    assert not (tmp_path / "r").exists()
+
+
+# --- advice ---
+
+RANDOM = {"mode": "random", "layers": [1, 4]}
+
+
+@pytest.mark.parametrize(
+    ("switches", "advice"),
+    [
+        ({}, "Lower lr (0.02)"),
+        ({"amp": "bfloat16"}, "Lower lr (0.02) or set amp to off (it is bfloat16)"),
+        (
+            RANDOM,
+            "Lower lr (0.02), shape fewer layers (2) or set gradient to clipped (it is "
+            "straight_through)",
+        ),
+        (
+            RANDOM | {"amp": "bfloat16", "gradient": "clipped"},
+            "Lower lr (0.02), set amp to off (it is bfloat16) or shape fewer layers (2)",
+        ),
+        (
+            {"mode": "da", "layers": [4]},
+            "Lower lr (0.02) or set gradient to clipped (it is straight_through)",
+        ),
+        ({"mode": "da", "layers": [4], "product": True}, "Lower lr (0.02)"),
+        ({"mode": "dropout2d"}, "Lower lr (0.02)"),
+    ],
+)
+def test_advice_names_what_can_help_this_run(tmp_path, switches, advice):
+    assert remedy(built(tmp_path, **switches)[1].method) == advice
 
 
 @pytest.mark.parametrize("memory_format", ("contiguous", "channels_last"))

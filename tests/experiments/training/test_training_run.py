@@ -13,7 +13,7 @@ import pytest
 import torch
 from domainshift import files
 from domainshift.config import Test
-from domainshift.errors import ConfigError
+from domainshift.errors import ConfigError, NonFiniteError
 from domainshift.lease import Lost, holder, owner_of, path_of, take
 from domainshift.methods import Method
 from domainshift.progress import Screen
@@ -401,16 +401,58 @@ def test_no_log_is_the_default(tmp_path, shaped):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_skipped_many_updates_says_so(tmp_path, no_pictures, monkeypatch):
+def skip_updates(monkeypatch, skipped):
+    """Stand in for float16's verdict on each update, in turn."""
+    verdicts = iter(skipped)
+
     def overflown(self):
-        return torch.ones((), dtype=torch.bool)
+        return torch.tensor(bool(next(verdicts)))
 
     monkeypatch.setattr(Method, "overflown", overflown)
+
+
+def test_a_run_that_skipped_many_updates_says_so(tmp_path, no_pictures, monkeypatch):
+    skip_updates(monkeypatch, [1, 1, 1, 0])
     screen = Lines()
-    folder = run(tmp_path / "r", amp="float16", epochs=2, screen=screen)
-    lost = "float16 skipped 4 of 4 updates, more than 5%"
+    folder = run(tmp_path / "r", amp="float16", epochs=2, screen=screen, step_fraction=1)
+    lost = "float16 skipped 3 of 4 updates, more than 5%"
     assert f"warning: {lost}" in screen.lines
     assert lost in results.read_training(folder).record.warnings
+    epochs = [line for line in screen.lines if line.startswith("epoch ")]
+    assert [line.count("2 of 2 updates skipped") for line in epochs] == [1, 0]
+    assert [line.count("1 of 2 updates skipped") for line in epochs] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "rates"),
+    [
+        ([0, 0, 0, 0, 0, 0], [0.02, 0.002, 0.0002]),
+        ([1, 1, 0, 0, 0, 0], [0.02, 0.02, 0.002]),
+        ([1, 0, 0, 0, 0, 0], [0.02, 0.002, 0.0002]),
+    ],
+)
+def test_the_schedule_waits_for_an_epoch_in_which_weights_moved(
+    tmp_path, no_pictures, monkeypatch, verdicts, rates
+):
+    skip_updates(monkeypatch, verdicts)
+    folder = run(tmp_path / "r", amp="float16", epochs=3, step_fraction=0.4)
+    assert [row["lr"] for row in rows_of(folder)] == pytest.approx(rates)
+    assert check(folder) == []
+
+
+def test_no_word_of_skipped_updates_where_there_are_none(shaped):
+    assert not any("skipped" in line for line in shaped[1])
+
+
+def test_a_run_that_skipped_every_update_leaves_no_record(tmp_path, no_pictures, monkeypatch):
+    skip_updates(monkeypatch, [1] * 4)
+    message = (
+        "^float16 skipped all 4 updates, .* Lower lr .0.02. or set amp to off .it is float16.$"
+    )
+    for resume in (False, True):
+        with pytest.raises(NonFiniteError, match=message):
+            run(tmp_path / "r", amp="float16", epochs=2, resume=resume)
+    assert not (tmp_path / "r" / TRAINING).exists() and not (tmp_path / "r" / SUMMARY).exists()
 
 
 def test_defaults_of_torch_in_the_caller_change_no_figure(tmp_path, no_pictures):
@@ -422,4 +464,15 @@ def test_defaults_of_torch_in_the_caller_change_no_figure(tmp_path, no_pictures)
             rows = rows_of(run(tmp_path / "b", **switches))
     finally:
         torch.set_default_dtype(torch.float32)
+    assert untimed(rows) == untimed(expected)
+
+
+@pytest.mark.parametrize(
+    "state", [torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)]
+)
+def test_grad_mode_and_autocast_of_the_caller_change_no_figure(tmp_path, no_pictures, state):
+    switches = {"mode": "da", "layers": [1], "epochs": 1}
+    expected = rows_of(run(tmp_path / "a", **switches))
+    with state:
+        rows = rows_of(run(tmp_path / "b", **switches))
     assert untimed(rows) == untimed(expected)
