@@ -207,8 +207,6 @@ def shape(
 
     memory_format = memory_format_name(x)
     dense = x if memory_format else x.contiguous()
-    if dense.is_neg():
-        dense = dense.resolve_neg()
     memory_format = memory_format or "contiguous"
 
     bits = None
@@ -220,11 +218,11 @@ def shape(
     elif mask is not None:
         bits = _checked_mask(mask, x, memory_format)
 
-    # Three cases need a copy. Strides that match no memory format are made contiguous. Under torch.compile the compiler decides
-    # itself where to write in place. And autograd lets a function write to a view only if it returns nothing else, which
-    # excludes the clipped gradient.
+    # Four cases need a copy. The values of a negative view are not those in its memory. Strides that match no memory format are
+    # made contiguous. Under torch.compile the compiler decides itself where to write in place. And autograd lets a function
+    # write to a view only if it returns nothing else, which excludes the clipped gradient.
     writes_x = inplace and dense is x and not torch.compiler.is_compiling()
-    if writes_x and gradient == "clipped" and x._is_view():
+    if writes_x and (x.is_neg() or (gradient == "clipped" and x._is_view())):
         writes_x = False
 
     arguments = (dense, rng_state, bits, p_zero or 0.0, binarize, writes_x, memory_format)

@@ -325,6 +325,7 @@ class Normalization:
         statistics, training: what the op returned, and whether they are of the batch.
         y: the output of the BatchNorm and, with `rectified`, of a ReLU; None once it was given away.
         parameters: weight and bias with their versions.
+        snapshot: (2, C) of their values, which a later change must not reach; None where y needs no table.
         finished: the output of the BatchNorm, once anything but a ReLU read it.
         finished_version: of that output when it was finished.
         was_rectified: whether a ReLU read the output of the BatchNorm.
@@ -335,6 +336,10 @@ class Normalization:
         self.source, self.weight, self.bias, self.training = source, weight, bias, training
         self.rectified, self.y, self.statistics = rectified, y, statistics
         self.parameters = [(t, version_of(t)) for t in (weight, bias) if t is not None]
+        self.snapshot = None
+        if rectified and weight is not None:
+            with torch.no_grad():
+                self.snapshot = torch.stack((weight, bias))
         self.finished: Tensor | None = None
         self.finished_version: int | None = None
         self.was_rectified = False
@@ -349,14 +354,10 @@ class Normalization:
         if self.rectified == relu and self.y is not None:
             y, self.y = self.y, None
             return y
-        if self.parameters_changed:
-            raise RuntimeError(
-                f"method='replace': the parameters of the BatchNorm after {self.source._state.layer.name!r} were changed before "
-                "its output was read; read it before, or use method='hooks'"
-            )
+        weight, bias = (self.weight, self.bias) if self.snapshot is None else self.snapshot
         with torch.inference_mode(False), torch.no_grad():
             table = reference.normalized_values(
-                self.statistics, self.weight, self.bias, self.source.dtype, relu
+                self.statistics, weight, bias, self.source.dtype, relu
             )
             zero, one = (t.view(1, -1, 1, 1) for t in table)
             y = torch.where(self.source.ones(), one, zero)
@@ -425,7 +426,7 @@ class Unrectified(Unfinished):
         if norm.parameters_changed:
             return None
         if norm.finished is not None and (
-            inplace or version_of(norm.finished) != norm.finished_version
+            inplace or not norm.was_rectified or version_of(norm.finished) != norm.finished_version
         ):
             return None
         graph = torch.is_grad_enabled()
