@@ -41,9 +41,9 @@ SYNONYMS = {"da": "target"}  # the word of the experiments, for domain adaptatio
 RECORD_MODES = get_args(RecordMode)
 METHODS = get_args(Method)
 
-_STRIDE = (
-    1 << 36
-)  # from the offset of one random mask to that of the next, in Philox calls of 8 elements
+# From the offset of one random mask of a stream to that of the next, in Philox calls of 8 elements.
+_STRIDE = 1 << 36
+NOT_BINARY = "the shaped map is not binary"
 _KEPT = 64  # masks of one layer in one forward that `Attachment.masks` shows
 
 _eval_frame_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
@@ -61,15 +61,14 @@ class _Layer:
     """The forward hook of one chosen module, and what it learns about the readers of the module's output.
 
     Attributes:
+        attachment: None in a copied part of the model, which is not shaped.
         rectified: whether a ReLU read the output of the BatchNorm when anything last did.
         fired, fused: how often the output was shaped, and how often a BatchNorm's op did it.
         last_was_fused: None before the first.
         reason: why hooks served the layer when it was last not fused.
     """
 
-    attachment: (
-        Attachment | None
-    )  # None: a part of the model was copied without the rest, and is not shaped
+    attachment: Attachment | None
 
     def __init__(self, attachment: Attachment, name: str):
         self.attachment, self.name = attachment, name
@@ -81,10 +80,9 @@ class _Layer:
     def __deepcopy__(self, memo: dict):
         copied = memo[id(self)] = object.__new__(_Layer)
         state = dict(vars(self))
+        # Of a part that is copied before the rest, the copy of the attachment takes the layer.
         if self.attachment is None or id(self.attachment.model) not in memo:
-            state["attachment"] = (
-                None  # if the rest is copied later, the copy of the attachment takes the layer
-            )
+            state["attachment"] = None
         vars(copied).update(copy.deepcopy(state, memo))
         return copied
 
@@ -116,9 +114,8 @@ class _Layer:
 
     def obstacle(self, x: Tensor, module: nn.Module, args: tuple, compiled: bool) -> str | None:
         """Why a BatchNorm cannot take the shaped map of x, if so."""
-        assert self.attachment is not None
-        if self.attachment._mode == "product" or not self.attachment._binarize:
-            return "the shaped map is not binary"
+        if cast(Attachment, self.attachment)._never_binary:
+            return NOT_BINARY
         if compiled or torch.compiler.is_compiling():
             return "compiled code runs it"
         if torch._C._are_functorch_transforms_active():
@@ -201,10 +198,7 @@ def _keep_out_of_graphs() -> None:
     ):
         torch.compiler.disable(function, recursive=False)
     torch._dynamo.config.skip_nnmodule_hook_guards = False
-    torch._dynamo.config.nontraceable_tensor_subclasses |= {
-        Unshaped,
-        Unrectified,
-    }  # they run it as it is
+    torch._dynamo.config.nontraceable_tensor_subclasses |= {Unshaped, Unrectified}
     torch._dynamo.reset()
 
 
@@ -290,10 +284,11 @@ class Attachment:
         mode: str,
         method: str,
         settings: dict,
-        **more,
+        after: Kind,
+        seed: int | None,
     ):
         self._model, self._names, self._mode, self._method = model, names, mode, method
-        self._after, self._seed, self._stack = more["after"], more["seed"], more["stack"]
+        self._after, self._seed = after, seed
         for name, value in self._checked(settings).items():
             setattr(self, f"_{name}", value)
         self._stream = None if self._seed is None else new_rng_state(self._seed)
@@ -432,7 +427,7 @@ class Attachment:
         if self._method == "hooks":
             return {}
         if self._never_binary:
-            return dict.fromkeys(self._names, "the shaped map is not binary")
+            return dict.fromkeys(self._names, NOT_BINARY)
         return {n: layer.reason for n, layer in self._layers.items() if layer.reason is not None}
 
     @property
@@ -649,7 +644,7 @@ class Attachment:
             with _COUNTING:
                 layer.fired += 1
         if isinstance(mask, Tensor):  # the raw product
-            layer.served("the shaped map is not binary")
+            layer.served(NOT_BINARY)
             return (x.detach() if self._gradient == "zero" else x) * mask
         inplace = output_is_free(module, x)
         if self._method != "hooks":
@@ -1108,13 +1103,9 @@ def attach(
         "generator": generator,
         "unit": unit,
     }
-    attachment = Attachment(
-        model, names, mode, method, settings, after=after, seed=seed, stack=stack
-    )
+    attachment = Attachment(model, names, mode, method, settings, after, seed)
     if method == "replace" and attachment.reasons:
-        warnings.warn(
-            "method='replace': hooks serve all layers: the shaped map is not binary", stacklevel=2
-        )
+        warnings.warn(f"method='replace': hooks serve all layers: {NOT_BINARY}", stacklevel=2)
     return attachment
 
 

@@ -1,4 +1,4 @@
-"""Shaped maps that wait for the BatchNorm behind them, so that one op runs shaping, BatchNorm and ReLU.
+"""Shaped maps that wait for the BatchNorm after them, so that one op runs shaping, BatchNorm and ReLU.
 
 A hook that shapes a layer's output returns an `Unshaped` tensor in its place. It has the shape, dtype, device and gradient of
 the shaped map, and no values. What happens next depends on who reads it, as torch's ``__torch_function__`` tells:
@@ -71,6 +71,7 @@ class Reader(Protocol):
     """Learns what becomes of a layer's unfinished maps.
 
     Attributes:
+        name: of the layer, for messages.
         rectified: whether a ReLU is expected to read the output of the BatchNorm.
     """
 
@@ -147,12 +148,13 @@ class Shaping:
 
     def take(self) -> Tensor:
         """x, dense. The estimator learns its memory format and the bits of the mask."""
-        x, self.x = cast(Tensor, self.x), None
+        x = cast(Tensor, self.x)
         if version_of(x) != self.version:
             raise RuntimeError(
                 f"method='replace': the output of {self.layer.name!r} was changed in place before its shaped map was read; "
                 "use method='hooks'"
             )
+        self.x = None
         if x.is_inference() and not torch.is_inference_mode_enabled():
             self.inplace = False
         name = memory_format_name(x)
@@ -166,6 +168,7 @@ class Shaping:
 
 
 def version_of(t: Tensor) -> int | None:
+    """Counts writes to t; a tensor of inference mode has no such number."""
     return None if t.is_inference() else t._version
 
 

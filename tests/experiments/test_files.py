@@ -1,12 +1,12 @@
 """Files are whole or absent."""
 
-import errno
 import json
 import os
 
 import pytest
 from domainshift import files
 from domainshift.errors import RecordError
+from full_disk import FullDisk
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -15,23 +15,6 @@ def test_a_file_is_replaced_whole(tmp_path):
     files.write_json(path, {"k": 2})
     assert json.loads(path.read_text()) == {"k": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-class FullDisk:
-    """A file that takes the first half of what is written to it, then has no room."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def write(self, content):
-        self.file.write(content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Leases of folders: one owner at a time, whatever ends it."""
 
-import errno
 import json
 import os
 import random
@@ -14,6 +13,7 @@ from dataclasses import asdict, replace
 import pytest
 from domainshift import lease
 from domainshift.lease import Busy, Lost, Owner, holder, on_behalf, owner_of, path_of, take
+from full_disk import FullDisk
 
 GONE = 2**22 + 1  # above the highest number that Linux gives a process
 
@@ -104,22 +104,6 @@ def test_a_file_that_gets_its_contents_is_named_by_them(tmp_path):
     with pytest.raises(Busy, match="in use by process 17 on far"):
         take(tmp_path)
     later.join()
-
-
-class FullDisk:
-    """A file that takes nothing."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def write(self, _):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):

@@ -558,17 +558,19 @@ def test_two_attachments_on_one_layer_are_told():
                 assert second.fired == {"0": 1}
 
 
-def test_a_layer_that_a_forward_never_runs_is_told_once():
-    class Skipping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+class Skipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
 
-        def forward(self, x):
-            return self.a(x)
+    def forward(self, x):
+        return self.a(x)
 
+
+@pytest.mark.parametrize("layers", ("all", "b"))
+def test_a_layer_that_a_forward_never_runs_is_told_once(layers):
     model = Skipping()
-    with attach(model, "all", p_zero=0.5):
+    with attach(model, layers, p_zero=0.5):
         with pytest.warns(UserWarning, match="this forward never ran b: nothing is shaped there"):
             model(x)
         with warnings.catch_warnings():
@@ -772,20 +774,6 @@ def test_tracing_puts_back_what_code_sets_on_its_class():
         for passes in (1, 2):
             attachment.record(t)
             assert Counted.count == passes
-
-
-def test_the_only_layer_that_never_runs_is_told():
-    class Unused(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-
-        def forward(self, x):
-            return self.a(x)
-
-    model = Unused()
-    with attach(model, "b", p_zero=0.5), pytest.warns(UserWarning, match="never ran b"):
-        model(x)
 
 
 def test_rates_are_taken_from_arrays_and_cannot_be_set_past_the_check():

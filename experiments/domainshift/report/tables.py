@@ -406,7 +406,7 @@ FIGURES = {
 
 
 def numbers(line: Line, verdicts: bool) -> dict[str, object]:
-    """A line in numbers: percent, percentage points and losses; None where there is no figure."""
+    """The figures of a line: percent, percentage points and losses; None where there is none."""
     source, target = line.pair or ("mean", "mean")
     single = line.results if line.pair else []  # a mean has no k of n
     row: dict[str, object] = {

@@ -45,7 +45,7 @@ def choice(scores: Sequence[float]) -> int:
 class Selection(NamedTuple):
     """What a validator chooses, beside what target labels choose. Accuracies are percent.
 
-    Target labels choose the oracle. Its accuracy is no result, but the most that a choice could reach.
+    The oracle chooses by target labels: its accuracy is an upper bound for every other choice, no result.
     """
 
     validator: str  # its name in `VALIDATORS`
