@@ -397,15 +397,16 @@ def fired_faults(training: TrainingRecord, row: Row) -> Iterator[Fault]:
 def rate_faults(config: Config, rows: Sequence[Row]) -> Iterator[Fault]:
     """Where a learning rate is not that of the schedule in `Method`, at the start of the epoch.
 
-    Updates that float16 skipped do not count, nor do epochs in which it skipped all. A training that
-    grew has the rates of its new length: it may only grow while they are those of the old one.
+    Updates that float16 skipped do not count, nor do epochs in which it skipped all. A number of them that
+    cannot be is a fault of `bounds_faults`, and none is taken off here. A training that grew has the rates of
+    its new length: it may only grow while they are those of the old one.
     """
     length = config.updates or config.epochs
     step = max(1, int(config.step_fraction * length))
     done = 0  # epochs, or updates
     for number, row in enumerate(rows):
         right = config.lr * config.gamma ** (done // step)
-        made = row.updates - row.skipped
+        made = row.updates - (row.skipped if 0 <= row.skipped <= row.updates else 0)
         done += made if config.updates else made > 0
         if not math.isclose(row.lr, right, rel_tol=ROUNDING, abs_tol=1e-300):
             yield (
