@@ -1,5 +1,6 @@
-"""Types for users: the package is typed, right code passes mypy, and wrong code is found before it runs."""
+"""Types for users: the package is typed, right code passes mypy and pyright, and wrong code is found before it runs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ CHECKED = (
     "sites.py", "tracing.py", "unfinished.py",
 )  # fmt: skip
 
-# mypy reports a `type: ignore` that hides no error of this kind, so that each of them is an error that it must find.
+# Both checkers report a `type: ignore` that hides no error, so that each of them is an error that they must find.
 SCRIPT = """
 from typing_extensions import assert_type
 
@@ -123,6 +124,29 @@ def test_mypy_on_a_users_script_and_on_the_package(tmp_path, request):
             *(script, *(PACKAGE / name for name in CHECKED)),
         ],
         env={**os.environ, "MYPYPATH": str(PACKAGE.parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("pyright") is None, reason="pyright is not installed")
+def test_pyright_on_a_users_script(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    config = {
+        "include": ["script.py"],
+        "extraPaths": [str(PACKAGE.parent)],
+        "reportUnnecessaryTypeIgnoreComment": "error",
+    }
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pyright"),
+            *("--pythonpath", sys.executable, "--project", tmp_path),
+        ],
+        env=os.environ | {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
