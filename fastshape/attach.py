@@ -77,14 +77,9 @@ class _Layer:
         self.last_was_fused: bool | None = None
         self.reason: str | None = None
 
-    def __deepcopy__(self, memo: dict):
-        copied = memo[id(self)] = object.__new__(_Layer)
-        state = dict(vars(self))
-        # Of a part that is copied before the rest, the copy of the attachment takes the layer.
-        if self.attachment is None or id(self.attachment.model) not in memo:
-            state["attachment"] = None
-        vars(copied).update(copy.deepcopy(state, memo))
-        return copied
+    def __getstate__(self) -> dict:
+        # A copy of the whole model has a copy of the attachment, which takes the layer. A copied part has none.
+        return vars(self) | {"attachment": None}
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         # Compiled code called the hook if there is a callback. The call stands here because this frame alone is not compiled.
@@ -514,7 +509,7 @@ class Attachment:
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         for layer in self._layers.values():
-            layer.attachment = self  # also of one that was copied before the rest
+            layer.attachment = self
         self._forward, self._recorder = _Forward(self._names), None
         self._recorded_at = self._began_at = 0  # another process has its own node count
         self._used_by = None

@@ -742,20 +742,29 @@ def test_a_forward_that_shapes_nothing_leaves_the_density(method):
         assert attachment.density() == density and abs(density["0"] - 0.5) < 0.1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_copy_may_hold_a_part_before_the_whole(method):
-    class Wrapper(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.part, self.whole = model[0], model
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
 
+
+class Wrapper(nn.Module):
+    """Holds a part of a model before the whole."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.part, self.whole = model[0], model
+
+
+@pytest.mark.parametrize("copied_by", (copy.deepcopy, pickled))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_may_hold_a_part_before_the_whole(method, copied_by):
     model = net(training=False)
     with attach(model, 1, p_zero=0.5, seed=1, at_eval="on", method=method) as attachment:
-        copied = copy.deepcopy(Wrapper(model)).whole
+        copied = copied_by(Wrapper(model)).whole
         (other,) = fastshape.attachments(copied)
         assert other is not attachment and torch.equal(copied(x), model(x))
         assert other.fired == attachment.fired == {"0": 1}
-        part = copy.deepcopy(model[0])
+        part = copied_by(model[0])
+        assert fastshape.attachments(part) == []
         assert torch.equal(part(x), nn.functional.conv2d(x, part.weight, part.bias))
         with attach(nn.Sequential(part), 1, p_zero=0.5):
             assert len(part._forward_hooks) == 1
