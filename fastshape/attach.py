@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import functools
 import itertools
@@ -56,6 +55,10 @@ class _Stop(BaseException):
 
 # ---- one layer ----
 
+_NO_TORCHSCRIPT = (
+    "torch.jit cannot keep an attachment: use torch.export, or call attachment.remove() first"
+)
+
 
 class _Layer:
     """The forward hook of one chosen module, and what it learns about the readers of the module's output.
@@ -77,6 +80,11 @@ class _Layer:
         self.last_was_fused: bool | None = None
         self.reason: str | None = None
 
+    @property
+    def __name__(self) -> str:
+        # torch.jit.script asks each hook for its name before it compiles anything. Others ask with a default.
+        raise AttributeError(_NO_TORCHSCRIPT)
+
     def __getstate__(self) -> dict:
         # A copy of the whole model has a copy of the attachment, which takes the layer. A copied part has none.
         return vars(self) | {"attachment": None}
@@ -94,10 +102,7 @@ class _Layer:
                 f"layers: {self.name!r} returns a {type(output).__name__}; only a module that returns one tensor can be shaped"
             )
         if torch.jit.is_tracing():
-            raise RuntimeError(
-                "torch.jit and torch.export cannot keep an attachment: call attachment.remove() first, or put "
-                "fastshape.ActivationShaping into the model"
-            )
+            raise RuntimeError(_NO_TORCHSCRIPT)
         attachment = self.attachment
         attachment._require_no_other_recorder()
         if attachment._check_finite:
@@ -533,6 +538,10 @@ class Attachment:
             self._began_at = torch._C._autograd._get_sequence_nr()
 
     def _end(self, model: nn.Module, args: tuple, output) -> None:
+        # torch.jit.script reads the code here before it comes to the layers, which refuse it by name.
+        self._end_forward()
+
+    def _end_forward(self) -> None:
         if self._forward.records != self._records and self._last_recorder != threading.get_ident():
             raise RuntimeError(
                 "attachment.record ran in another thread during this forward, and changed the modes of its modules: a record "
@@ -544,11 +553,11 @@ class Attachment:
         never = [name for name, calls in self._forward.calls.items() if not calls]
         if never:
             warnings.warn(
-                f"this forward never ran {', '.join(never)}: nothing is shaped there", stacklevel=3
+                f"this forward never ran {', '.join(never)}: nothing is shaped there", stacklevel=4
             )
         if self._method == "replace" and not self._never_binary and self.reasons:
             listing = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
-            warnings.warn(f"method='replace': hooks serve {listing}", stacklevel=3)
+            warnings.warn(f"method='replace': hooks serve {listing}", stacklevel=4)
 
     def _is_on(self) -> bool:
         """Whether a chosen layer would be shaped."""

@@ -617,14 +617,27 @@ def test_annealing_does_not_compile_again(method):
     assert counter.frame_count == frames > 0
 
 
+@pytest.mark.parametrize("compiler", (lambda model: torch.jit.trace(model, x), torch.jit.script))
 @pytest.mark.parametrize("method", METHODS)
-def test_torchscript_is_refused_by_name(method):
+def test_torchscript_is_refused_by_name(method, compiler):
+    words = r"torch.jit cannot keep an attachment: use torch.export, or call attachment.remove\(\) first"
     with attach(net(), 1, p_zero=0.5, method=method) as attachment:
-        with pytest.raises(
-            RuntimeError,
-            match=r"torch.jit and torch.export cannot keep an attachment: call attachment.remove\(\)",
-        ):
-            torch.jit.trace(attachment.model, x)
+        with pytest.raises((RuntimeError, AttributeError), match=words):
+            compiler(attachment.model)
+    assert torch.equal(torch.jit.script(attachment.model.eval())(x), attachment.model(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_exported_model_is_shaped_and_draws(method):
+    model = net()
+    with attach(model, 1, p_zero=0.5, binarize=False, method=method):
+        exported = torch.export.export(model, (x,)).module()
+        first, second = exported(x), exported(x)
+        assert not torch.equal(first, second)
+        torch.manual_seed(0)
+        expected = model(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(exported(x), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
