@@ -8,7 +8,7 @@ import pytest
 import torch
 from domainshift.data.pairing import epoch_order
 from domainshift.errors import ConfigError, NonFiniteError, RecordError, ShapingError, WeightsError
-from domainshift.methods import Method
+from domainshift.methods import METHODS, Method
 from domainshift.records.schema import CHECKPOINT, METRICS
 from domainshift.records.validate import check
 from domainshift.setup import origin
@@ -131,6 +131,50 @@ def test_each_epoch_uses_every_source_image_once(tmp_path):
         assert torch.bincount(labels).tolist() == [3] * 7
     order = [torch.cat([labels for _, labels, _ in batches]).tolist() for batches in epochs]
     assert order[0] != order[1]
+
+
+ARMS = {name: {"mode": name} for name in METHODS} | {
+    "random, all layers, shaped in tests": {
+        "mode": "random",
+        "layers": [1, 4, 13],
+        "at_eval": "on",
+    },
+    "da, recorded in training mode": {"mode": "da", "layers": [4], "record_mode": "train"},
+    "da, other pairs": {"mode": "da", "layers": [4], "pairing": "modulo"},
+    "da, other target": {"mode": "da", "layers": [4], "target": "photo"},
+}
+
+
+@pytest.fixture(scope="module")
+def baseline_images(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return images_of(tmp_path_factory.mktemp("arms"), monkeypatch, mode="baseline")
+
+
+def images_of(tmp_path, monkeypatch, **switches):
+    """Source images and labels of each update of a run, as the method gets them."""
+    seen, update = [], Method.update
+
+    def recorded(self, images, labels, *others, **options):
+        seen.extend((images.clone(), labels.clone()))
+        return update(self, images, labels, *others, **options)
+
+    monkeypatch.setattr(Method, "update", recorded)
+    run(tmp_path / "run", holdout=0.3, **switches)
+    return seen
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_all_arms_of_one_seed_see_the_same_crops_in_the_same_order(
+    tmp_path, monkeypatch, baseline_images, arm
+):
+    assert len(baseline_images) == 8  # images and labels of two epochs of two updates
+    assert same_tensors(images_of(tmp_path, monkeypatch, **ARMS[arm]), baseline_images)
+
+
+def test_another_seed_sees_other_crops(tmp_path, monkeypatch, baseline_images):
+    other = images_of(tmp_path, monkeypatch, mode="baseline", seed=1)
+    assert not any(map(torch.equal, other[::2], baseline_images[::2]))
 
 
 def test_workers_change_no_bit_and_draw_no_random_number(tmp_path):
