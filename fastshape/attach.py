@@ -1019,8 +1019,8 @@ def attach(
             published domain-adaptation code does.
         p_zero: for mode ``"random"``: the probability of a zero, in [0, 1); one number for all layers, one per layer, or a
             dictionary by layer. It is rounded to a multiple of 1/65536, which `fastshape.realised_rate` returns. A
-            probability that this would make 0 or 1 is refused. With one state of the generator, the ones of a larger p_zero are among those of a
-            smaller one.
+            probability that this would make 0 or 1 is refused. With one state of the generator, the ones of a larger p_zero
+            are among those of a smaller one.
         unit: what one draw of a random mask decides: ``"element"``; ``"channel"``, a (sample, channel), as in `nn.Dropout2d`;
             or a number, the side of square blocks of a channel's plane (see `fastshape.random_blocks`).
         after: the kind of module that numbers and patterns refer to: ``"conv"``, ``"bn"`` or ``"relu"`` (any activation).
