@@ -151,6 +151,19 @@ struct Ops {
     return bits;
   }
 
+  static Tensor pack_top(Tensor x, int64_t row, int64_t count) {
+    STD_TORCH_CHECK(Backend::owns(x), "x must be a ", Backend::kKey, " tensor");
+    STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
+    const int64_t n = x.numel();
+    STD_TORCH_CHECK(row >= 1 && row <= UINT32_MAX && n % row == 0, "row must divide the ", n,
+                    " elements of x and be from 1 to 2^32 - 1, not ", row);
+    STD_TORCH_CHECK(count >= 0 && count <= row, "count must be from 0 to row=", row, ", not ", count);
+    const Dtype dtype = dtype_of(x);
+    Tensor bits = new_bytes(x, bytes_for(n));
+    Backend(x).pack_top({dtype, x.const_data_ptr(), static_cast<uint8_t*>(bits.mutable_data_ptr()), n, row, count});
+    return bits;
+  }
+
   static Tensor unpack(Tensor bits, int64_t n) {
     STD_TORCH_CHECK(n >= 0, "n must not be negative, not ", n);
     const uint8_t* from = checked_bits(bits, n, bits.get_device_index());
@@ -167,6 +180,7 @@ struct Ops {
     impl("shape_clipped_", TORCH_BOX(&shape_clipped_));
     impl("pack", TORCH_BOX(&pack));
     impl("pack_random", TORCH_BOX(&pack_random));
+    impl("pack_top", TORCH_BOX(&pack_top));
     impl("unpack", TORCH_BOX(&unpack));
   }
 };

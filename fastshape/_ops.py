@@ -24,6 +24,7 @@ SCHEMAS = {
     "shape_clipped_": f"(Tensor(a!) x, {_MASK}) -> Tensor",
     "pack": "(Tensor x) -> Tensor",
     "pack_random": "(Tensor rng_state, SymInt n, float p_zero) -> Tensor",
+    "pack_top": "(Tensor x, SymInt row, SymInt count) -> Tensor",
     "unpack": "(Tensor bits, SymInt n) -> Tensor",
     "shaped_batch_norm": f"(Tensor x, {_BATCH_NORM}) -> (Tensor, Tensor, Tensor, Tensor)",
     "shaped_batch_norm_": f"(Tensor(c!) x, {_BATCH_NORM}) -> (Tensor, Tensor, Tensor)",
@@ -69,6 +70,11 @@ def _(x):
 @torch.library.register_fake(f"{NAMESPACE}::pack_random")
 def _(rng_state, n, p_zero):
     return rng_state.new_empty((_bytes_for(n),), dtype=torch.uint8)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::pack_top")
+def _(x, row, count):
+    return x.new_empty((_bytes_for(x.numel()),), dtype=torch.uint8)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::unpack")

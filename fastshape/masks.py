@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import reference
 from .bitmask import BitMask
 from .rng import rng_state as new_rng_state
 
@@ -32,7 +33,7 @@ class top_k:
     """The mask of the largest values of each sample, or of each channel of each sample.
 
     Of m values, ``max(1, round(fraction * m))`` are ones (halves go to even). Of equal values those that come first in
-    row-major order.
+    row-major order. NaN counts as larger than all numbers, -0 as equal to +0.
 
     Args:
         fraction: in (0, 1].
@@ -52,13 +53,15 @@ class top_k:
             raise ValueError(f"by={self.by!r}: allowed are sample, channel")
 
     def __call__(self, x: Tensor) -> BitMask:
-        rows = x.flatten(2) if self.by == "channel" else x.flatten(1)
-        count = max(1, round(self.fraction * rows.shape[-1]))
-        largest = rows.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-        kept = torch.zeros(rows.shape, dtype=torch.bool, device=x.device).scatter_(
-            -1, largest, True
+        x = x.detach().contiguous()
+        row = x.flatten(2 if self.by == "channel" else 1).shape[-1]
+        if x.numel() == 0:
+            return BitMask.from_bool(torch.zeros(x.shape, dtype=torch.bool, device=x.device))
+        count = max(1, round(self.fraction * row))
+        pack_top = (
+            torch.ops.fastshape.pack_top.default if x.is_floating_point() else reference.pack_top
         )
-        return BitMask.from_bool(kept.view(x.shape))
+        return BitMask(pack_top(x, row, count), x.shape)
 
 
 def random_blocks(

@@ -17,6 +17,7 @@ __all__ = [
     "normalized_values",
     "pack",
     "pack_random",
+    "pack_top",
     "philox_words",
     "shape",
     "shape_clipped",
@@ -98,6 +99,35 @@ def pack(x: Tensor) -> Tensor:
 def pack_random(rng_state: Tensor, n: int, p_zero: float) -> Tensor:
     """uint8 bits of `random_mask`."""
     return pack_bool(random_mask(rng_state, n, p_zero))
+
+
+def pack_top(x: Tensor, row: int, count: int) -> Tensor:
+    """uint8 bits of the `count` largest elements of each row of `row` consecutive elements.
+
+    The order is that of torch's stable descending sort: NaN is largest, -0 equals +0, and of equal elements those come first
+    that are first in memory.
+
+    Args:
+        x: contiguous, n elements of any dtype that torch sorts.
+        row: a divisor of n, from 1 to 2^32 - 1.
+        count: from 0 to `row`.
+
+    Raises:
+        RuntimeError: x is not contiguous, or row or count is not allowed.
+    """
+    n = x.numel()
+    if not x.is_contiguous():
+        raise RuntimeError("x must be contiguous")
+    if not 1 <= row < 2**32 or n % row:
+        raise RuntimeError(
+            f"row must divide the {n} elements of x and be from 1 to 2^32 - 1, not {row}"
+        )
+    if not 0 <= count <= row:
+        raise RuntimeError(f"count must be from 0 to row={row}, not {count}")
+    rows = x.view(-1, row)
+    largest = rows.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    kept = torch.zeros(rows.shape, dtype=torch.bool, device=x.device).scatter_(-1, largest, True)
+    return pack_bool(kept.view(-1))
 
 
 def _mask(x: Tensor, rng_state: Tensor | None, bits: Tensor | None, p_zero: float) -> Tensor | None:

@@ -1,6 +1,7 @@
 // AVX2 kernels, in steps of whole blocks of 64 elements. The plain path does the rest.
 #include "driver.h"
 #include "lanes.h"
+#include "top.h"
 
 #if FASTSHAPE_HAS_AVX2
 #include <cstring>
@@ -173,6 +174,11 @@ struct Path {
       mask_blocks<kSource>(mask, draws, byte, packed);
       std::memcpy(bits + byte, packed, sizeof packed);
     }
+  }
+
+  template <class Number>
+  FASTSHAPE_AVX2 static void pack_top(const TopArguments& call, Range range) {
+    pack_top_of<Number>(call, range);
   }
 };
 

@@ -6,6 +6,7 @@
 #endif
 #include "driver.h"
 #include "lanes.h"
+#include "top.h"
 
 #if FASTSHAPE_HAS_AVX2
 #include <cstring>
@@ -230,6 +231,12 @@ struct Path {
       mask_blocks<kSource>(mask, draws, byte, packed);
       std::memcpy(bits + byte, packed, sizeof packed);
     }
+  }
+
+  // With AVX-512 compilers make slower code of it.
+  template <class Number>
+  FASTSHAPE_AVX2 static void pack_top(const TopArguments& call, Range range) {
+    pack_top_of<Number>(call, range);
   }
 };
 

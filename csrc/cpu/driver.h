@@ -61,7 +61,11 @@ struct Driver {
     plain_kernels().pack_random(mask, bits, n, {middle, range.last});
   }
 
-  static Kernels kernels(const char* simd) { return {simd, shape, ones, pack, pack_random, plain_kernels().unpack}; }
+  static void pack_top(const TopArguments& call, Range range) {
+    with_float(call.dtype, [&](auto number) { Path::template pack_top<decltype(number)>(call, range); });
+  }
+
+  static Kernels kernels(const char* simd) { return {simd, shape, ones, pack, pack_random, pack_top, plain_kernels().unpack}; }
 };
 
 }  // namespace fastshape::cpu

@@ -2,6 +2,7 @@
 #include "glue.h"
 
 #include "batch_norm.h"
+#include "fastshape/order.h"
 #include "kernels.h"
 #include "registration.h"
 
@@ -59,6 +60,14 @@ struct Backend {
   void pack_random(const MaskRequest& request, uint8_t* bits, int64_t n) const {
     const Mask mask = request.read();
     over_ranges(n, [&](Range range) { k.pack_random(mask, bits, n, range); });
+  }
+
+  void pack_top(const TopArguments& call) const {
+    const int64_t group = rows_in_group(call.row), group_bytes = group * call.row / 8;
+    const int64_t groups = (call.n / call.row + group - 1) / group, grain = std::max<int64_t>(1, kGrainBytes / group_bytes);
+    torch::stable::parallel_for(0, groups, grain, [&](int64_t first, int64_t last) {
+      k.pack_top(call, {group_bytes * first, std::min(group_bytes * last, bytes_for(call.n))});
+    });
   }
 
   void unpack(const uint8_t* bits, uint8_t* out, int64_t n) const {

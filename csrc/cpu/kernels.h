@@ -1,5 +1,6 @@
 // CPU kernels on raw pointers. Every function works on a range of mask bytes of a tensor of n elements. The owner of a byte
-// also owns its eight elements, so that any number of threads can share the ranges without a race.
+// also owns its eight elements, so that any number of threads can share the ranges without a race. A range of `pack_top` is a
+// whole number of groups of rows (`rows_in_group`).
 #pragma once
 
 #include <cstdint>
@@ -24,6 +25,7 @@ struct Kernels {
   void (*ones)(const OnesArguments&, const Mask&, Range);                              // bits of B(x) * M
   void (*pack)(Dtype, const void* x, uint8_t* bits, int64_t n, Range);                 // bits of x > 0
   void (*pack_random)(const Mask&, uint8_t* bits, int64_t n, Range);                   // bits of a random mask
+  void (*pack_top)(const TopArguments&, Range);                                        // bits of each row's largest elements
   void (*unpack)(const uint8_t* bits, uint8_t* out, int64_t n, Range);                 // 0 or 1, one byte per element
 };
 

@@ -1,5 +1,6 @@
 // The kernels that every processor can run. They also serve the elements that do not fill a vector.
 #include "dispatch.h"
+#include "top.h"
 
 namespace fastshape::cpu {
 namespace {
@@ -77,6 +78,10 @@ void pack_random(const Mask& mask, uint8_t* bits, int64_t n, Range range) {
   });
 }
 
+void pack_top(const TopArguments& call, Range range) {
+  with_float(call.dtype, [&](auto number) { pack_top_of<decltype(number)>(call, range); });
+}
+
 void unpack(const uint8_t* bits, uint8_t* out, int64_t n, Range range) {
   for (int64_t byte = range.first; byte < range.last; ++byte) {
     const int64_t count = elements_in_byte(n, byte);
@@ -87,7 +92,7 @@ void unpack(const uint8_t* bits, uint8_t* out, int64_t n, Range range) {
 }  // namespace
 
 const Kernels& plain_kernels() {
-  static const Kernels kernels = {"plain", shape, ones, pack, pack_random, unpack};
+  static const Kernels kernels = {"plain", shape, ones, pack, pack_random, pack_top, unpack};
   return kernels;
 }
 

@@ -36,6 +36,7 @@ struct Backend {
   void pack_random(const MaskRequest& mask, uint8_t* bits, int64_t n) const {
     check(cuda::pack_random(mask, bits, n, stream));
   }
+  void pack_top(const TopArguments& call) const { check(cuda::pack_top(call, stream)); }
   void unpack(const uint8_t* bits, uint8_t* out, int64_t n) const { check(cuda::unpack(bits, out, n, stream)); }
 
   void ones(const OnesArguments& call) const { check(cuda::ones(call, stream)); }

@@ -30,6 +30,7 @@ _IMPLEMENTATIONS = {
     "shape_clipped_": _shape_clipped_,
     "pack": reference.pack,
     "pack_random": reference.pack_random,
+    "pack_top": reference.pack_top,
     "unpack": reference.unpack,
     "shaped_batch_norm": reference.shaped_batch_norm,
     "shaped_batch_norm_": _shaped_batch_norm_,

@@ -103,6 +103,16 @@ def test_pack_random_equals_the_reference(p_zero, seed, offset):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row", (1, 7, 49, 3136))
+def test_pack_top_equals_the_reference(dtype, row):
+    """The last group of rows is incomplete unless a row is a whole number of bytes."""
+    for x in (awkward(101 * row, dtype), awkward(101 * row, dtype, seed=1).relu()):
+        for count in {1, row // 2, row}:
+            bits = ops.pack_top(x.cuda(), row, count)
+            assert torch.equal(bits.cpu(), reference.pack_top(x, row, count))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
 @pytest.mark.parametrize("gradient", ("straight_through", "clipped"))

@@ -330,8 +330,8 @@ def test_all_kernels_exist(kernels):
     for arch in {kernel.arch for kernel in kernels}:
         names = [kernel.name for kernel in kernels if kernel.arch == arch]
         # shape: 4 dtypes x binarize x within_one x 3 mask sources; ones: 4 x within_one x 3, and one for bytes; pack_random: 3;
-        # unpack: 2.
-        shaping = 48 + 25 + 3 + 2
+        # unpack: 2; pack_top: 4 dtypes.
+        shaping = 48 + 25 + 3 + 2 + 4
         # count: 3; look_up: 2 widths x 3 patterns, and 64 bits; sums: 4 dtypes x (2 groups of lanes, and rows); grad_input:
         # (3 dtypes x 3 patterns, and float64) x 3 mask sources; normalize and differentiate: 4 dtypes each.
         batch_norm = 3 + 7 + 12 + 30 + 8

@@ -38,6 +38,7 @@ class Pointer:
 
 TYPES = {"p": Pointer, "i": ctypes.c_int, "l": ctypes.c_int64, "d": ctypes.c_double}
 SIGNATURES = {  # the functions of emulation.cpp
+    "pack_top": "ipplll",
     "ones": "ippplppd",
     "count": "plllp",
     "normalize": "ppippiiddiipllpp",
@@ -165,6 +166,22 @@ def test_pack_random(emulation, p_zero, offset):
         )
         assert error == 0 and torch.equal(bits[:-8], reference.pack_random(state, n, p_zero))
         assert (bits[-8:] == 0xAA).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row", (1, 3, 8, 49, 196, 3001))
+def test_pack_top(emulation, dtype, row):
+    """More groups of rows than warps, an incomplete last group, and bytes of several rows."""
+    rows = max(3, 1200 // row) | 1
+    n = rows * row
+    for shift, x in enumerate((awkward(n, dtype), awkward(n, dtype).relu())):
+        for count in {1, row // 3, row - 1, row}:
+            bits = torch.full(((n + 7) // 8 + 8,), 0xAA, dtype=torch.uint8)
+            source = guarded_storage(x, shift)
+            code = CODES[dtype]
+            assert emulation.pack_top(code, inside(source, shift, n), bits, n, row, count) == 0
+            assert torch.equal(bits[:-8], reference.pack_top(x, row, count))
+            assert (bits[-8:] == 0xAA).all()
 
 
 def test_grid_is_sized_from_the_device_and_changes_nothing(emulation):

@@ -90,6 +90,11 @@ class CudaSource:
         assert error == 0
         return bits
 
+    def pack_top(self, x, row, count):
+        bits = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+        assert self.library.pack_top(CODES[x.dtype], x, bits, x.numel(), row, count) == 0
+        return bits
+
     def unpack(self, bits, n):
         values = torch.empty(n, dtype=torch.bool)
         assert self.library.unpack(pointer(bits), pointer(values), ctypes.c_int64(n)) == 0
@@ -190,6 +195,18 @@ def test_packed_bits(backend, dtype):
     if dtype.is_floating_point:
         x = a_map(dtype, torch.channels_last)
         assert torch.equal(backend.pack(x), reference.pack(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row", (1, 7, 49, 88, 300))
+def test_the_largest_of_each_row(backend, dtype, row):
+    if getattr(backend, "ops", None) is triton:
+        pytest.skip("Triton has no kernel for it: the reference serves")
+    x = awkward(9 * row, dtype)
+    for values in (x, x.relu(), x.round()):
+        for count in {0, 1, row // 2, row}:
+            expected = reference.pack_top(values, row, count)
+            assert torch.equal(backend.pack_top(values, row, count), expected)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from tensors import DTYPES, awkward
 
 import fastshape
 from fastshape import BitMask, above, majority, random_blocks, top_k
@@ -39,6 +40,29 @@ def test_top_k_counts_row_major_in_any_memory_format(by):
     for row, kept in zip(*rows, strict=True):
         best = sorted(range(len(row)), key=lambda i: (-row[i].item(), i))[: round(0.3 * len(row))]
         assert kept.nonzero().flatten().tolist() == sorted(best)
+
+
+@pytest.mark.parametrize("by", ("sample", "channel"))
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.int64), ids=str)
+def test_top_k_equals_a_stable_sort(by, dtype):
+    x = awkward(4 * 6 * 7 * 9, torch.float32).view(6, 4, 7, 9).transpose(0, 1)
+    x = x.nan_to_num().clamp(-9, 9).round().to(dtype) if dtype == torch.int64 else x.to(dtype)
+    rows = x.flatten(2 if by == "channel" else 1)
+    count = round(0.3 * rows.shape[-1])
+    largest = rows.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    expected = torch.zeros(rows.shape, dtype=torch.bool).scatter_(-1, largest, True).view(x.shape)
+    mask = top_k(0.3, by)(x)
+    assert mask.memory_format == "contiguous" and torch.equal(mask.to_bool(), expected)
+    if dtype.is_floating_point:
+        assert top_k(0.3, by)(x.requires_grad_()) == mask
+
+
+def test_top_k_of_a_map_without_elements():
+    for shape in ((0, 3, 4, 4), (2, 3, 0, 4)):
+        assert top_k(0.5)(torch.empty(shape)).shape == shape
+    with pytest.raises(IndexError):
+        top_k(0.5)(torch.empty(2, 3))  # no planes
+    assert top_k(0.5, "sample")(torch.randn(2, 6)).to_bool().sum(1).tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ def samples(name: str):
         ]
     if name == "pack_random":
         return [(state, n, 0.3) for n in (0, 1, 65)]
+    if name == "pack_top":
+        sizes = ((65, 13, 5), (1, 1, 1), (64, 16, 0), (0, 7, 2))
+        return [(torch.randn(n).to(d), row, count) for n, row, count in sizes for d in DTYPES]
     if name == "unpack":
         return [(torch.randint(256, ((n + 7) // 8,), dtype=torch.uint8), n) for n in (0, 1, 65)]
     last = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
@@ -41,7 +44,17 @@ def samples(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ("shape", "shape_", "shape_clipped", "shape_clipped_", "pack", "pack_random", "unpack")
+    "name",
+    (
+        "shape",
+        "shape_",
+        "shape_clipped",
+        "shape_clipped_",
+        "pack",
+        "pack_random",
+        "pack_top",
+        "unpack",
+    ),
 )
 def test_opcheck(name):
     for arguments in samples(name):

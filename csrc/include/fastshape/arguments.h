@@ -29,6 +29,15 @@ struct OnesArguments {
   MaskRequest mask;
 };
 
+// The bits of the `count` largest elements of each row of `row` elements. NaN is largest, -0 equals +0, and of equal elements
+// the first are taken.
+struct TopArguments {
+  Dtype dtype;  // not kByte
+  const void* x;
+  uint8_t* bits;
+  int64_t n, row, count;
+};
+
 // Writes a normalized map: looks up what each channel's zeros and ones become.
 struct LookUpArguments {
   Dtype dtype;  // of y and table

@@ -11,6 +11,7 @@
 
 #define __device__
 #define __global__
+#define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
@@ -84,6 +85,11 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::from_lane(value, threadIdx.x % 32 ^ mask);
 }
+inline unsigned __ballot_sync(unsigned, bool flag) {
+  unsigned flags = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) flags |= static_cast<unsigned>(emulation::from_lane(flag, lane)) << lane;
+  return flags;
+}
 inline void __syncwarp() { emulation::wait_for_lanes(); }
 
 template <class T>
@@ -95,6 +101,7 @@ T __ldg(const T* from) {
 }
 inline int __popc(uint32_t bits) { return std::popcount(bits); }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return static_cast<unsigned __int128>(a) * b >> 64; }
+inline void atomicAdd(unsigned* sum, unsigned value) { __atomic_fetch_add(sum, value, __ATOMIC_RELAXED); }
 inline void atomicAdd(unsigned long long* sum, unsigned long long value) {
   __atomic_fetch_add(sum, value, __ATOMIC_RELAXED);
 }

@@ -103,6 +103,10 @@ int pack_random(const int64_t* rng_state, double p_zero, uint8_t* bits, int64_t 
   return cuda::pack_random(mask_of(rng_state, nullptr, p_zero), bits, n, nullptr);
 }
 
+int pack_top(int dtype, const void* x, uint8_t* bits, int64_t n, int64_t row, int64_t count) {
+  return cuda::pack_top({dtype_of(dtype), x, bits, n, row, count}, nullptr);
+}
+
 int unpack(const uint8_t* bits, uint8_t* out, int64_t n) { return cuda::unpack(bits, out, n, nullptr); }
 
 int count(const uint8_t* ones, int64_t n, int64_t channels, int64_t inner, int64_t* counts) {
