@@ -123,9 +123,11 @@ struct BatchNormOps {
     const BatchNorm norm = parameters_of(grad, weight, bias, training, relu);
     const MaskRequest mask = Base::mask_of(grad, rng_state, bits, p_zero);
     const uint8_t* one_bits = Base::checked_bits(ones, n, grad.get_device_index());
-    STD_TORCH_CHECK(Backend::owns(statistics) && statistics.scalar_type() == ScalarType::Double &&
-                        statistics.is_contiguous() && statistics.numel() == 2 * channels.count,
-                    "statistics must be a contiguous float64 tensor of ", 2 * channels.count, " numbers");
+    STD_TORCH_CHECK(Backend::owns(statistics) && statistics.get_device_index() == grad.get_device_index() &&
+                        statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
+                        statistics.numel() == 2 * channels.count,
+                    "statistics must be a contiguous float64 ", Backend::kKey, " tensor of ", 2 * channels.count,
+                    " numbers, on the device of grad; it has ", statistics.numel(), " numbers");
 
     const ScalarType accumulator = dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
     Tensor coefficients = new_like(grad, {4, channels.count}, accumulator);

@@ -280,6 +280,16 @@ def test_unsuitable_arguments_are_errors(kernels, change, message):
         ops.shaped_batch_norm(*call.values())
 
 
+def test_unsuitable_statistics_are_errors(kernels):
+    x, ones = torch.zeros(2, 3, 4, 4), torch.zeros(12, dtype=torch.uint8)
+    for statistics in (torch.zeros(2, 4).double(), torch.zeros(2, 3), torch.zeros(3, 2).double().T):
+        message = rf"statistics must be .* of 6 numbers, .*; it has {statistics.numel()} numbers"
+        with pytest.raises(RuntimeError, match=message):
+            ops.shaped_batch_norm_backward(
+                x, ones, statistics, None, None, 0.0, None, None, True, True, True
+            )
+
+
 def test_no_elements():
     x = torch.zeros(0, 3, 4, 4)
     running = torch.tensor([1.0, 2.0, 3.0]), torch.ones(3)

@@ -332,3 +332,14 @@ def test_module_after_a_convolution_under_autocast(dtype, memory_format, inplace
     with torch.autocast("cuda", dtype):
         (of_conv,) = torch.autograd.grad(conv(images), conv.weight, dx.cuda())
     torch.testing.assert_close(conv.weight.grad, of_conv, rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_on_another_device_are_an_error():
+    x, ones = torch.zeros(2, 3, 4, 4, device="cuda"), torch.zeros(12, dtype=torch.uint8).cuda()
+    others = ["cpu"] + ["cuda:1"] * (torch.cuda.device_count() > 1)
+    for device in others:
+        statistics = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        with pytest.raises(RuntimeError, match="statistics must be .* on the device of grad"):
+            ops.shaped_batch_norm_backward(
+                x, ones, statistics, None, None, 0.0, None, None, True, True, True
+            )
