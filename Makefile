@@ -45,7 +45,7 @@ bench: $(VENV)/installed-for-tests
 profile: $(VENV)/installed-for-tests
 	$(BIN)/python benchmarks/profile_step.py --save .benchmarks/profile.csv
 
-# On a machine with a GPU: runs its tests, compute-sanitizer and timings in ten minutes, and writes
+# On a machine with a GPU: runs its tests, compute-sanitizer and timings in nine minutes, and writes
 # benchmarks/results/DEVICE.json. PYTHON must have torch; nothing is downloaded. python benchmarks/gpu.py --help lists options.
 gpu:
 	$(PYTHON) benchmarks/gpu.py

@@ -1,8 +1,10 @@
 """benchmarks/gpu.py: its byte model, timing, goals and result file, as far as they can be tested without a GPU."""
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import gpu_tests
 import pytest
 import torch
 from gpu_speed import CASES, CONTENDERS, Case
+from tensors import DTYPES
 
 ROOT = Path(__file__).parents[2]
 
@@ -317,7 +320,23 @@ def test_files_with_gpu_tests_are_selected():
 )
 def test_exit_status(counts, state, status):
     none = {"passed": 0, "failed": 0, "error": 0, "skipped": 0, "sanitizer_errors": 0}
-    assert gpu.exit_status(none | counts, {"tests": {"state": state}}) == status
+    parts = {"tests": {"state": state}, "sanitizer": {"state": "skipped"}}
+    assert gpu.exit_status(none | counts, parts) == status
+
+
+@pytest.mark.parametrize("state", (None, "cut", "failed", "done", "skipped"))
+def test_exit_status_of_the_sanitizer(state):
+    counts = {"passed": 3, "failed": 0, "error": 0, "skipped": 0, "sanitizer_errors": 0}
+    parts = {"tests": {"state": "done"}} | ({"sanitizer": {"state": state}} if state else {})
+    assert gpu.exit_status(counts, parts) == (0 if state in ("done", "skipped") else 1)
+
+
+@pytest.mark.parametrize(("version", "tools"), (("65.5.0", 1), ("77.0.1", 0), ("84.2.1", 0)))
+def test_a_build_names_a_setuptools_that_is_too_old(monkeypatch, version, tools):
+    monkeypatch.setattr(gpu, "_version", lambda package: version)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
+    assert gpu.missing_tools() == [f"setuptools>=77, not {version}"] * tools
+    assert f'"setuptools>={gpu.OLDEST_SETUPTOOLS}"' in (ROOT / "pyproject.toml").read_text()
 
 
 # ---- compute-sanitizer's log ----
@@ -340,11 +359,71 @@ def test_sanitizer_log():
     assert "shape_kernel" in result["reports"][0] and "vectorized" not in result["reports"][0]
     clean = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
     assert gpu.read_sanitizer(clean) == {"errors": 0, "errors_in_fastshape": 0, "reports": []}
-    race = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
-    assert gpu.read_sanitizer(race)["errors"] == 0
+    races = "========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)\n"
+    assert gpu.read_sanitizer(races)["errors"] == 3
     stopped = gpu.read_sanitizer("========= Error: Device not supported\n")
-    assert stopped["errors"] is stopped["errors_in_fastshape"] is None
+    assert (stopped["errors"], stopped["errors_in_fastshape"]) == (None, 0)
     assert "Device not supported" in stopped["reports"][0]
+
+
+def test_reports_before_the_end_of_a_log_count():
+    cut = gpu.read_sanitizer(OURS[: OURS.index("========= ERROR SUMMARY")])
+    assert (cut["errors"], cut["errors_in_fastshape"]) == (None, 1)
+    assert "shape_kernel" in cut["reports"][0]
+
+
+TESTED = "{'kind': 'test', 'outcome': 'passed'}"
+
+
+@pytest.mark.parametrize(
+    ("log", "then", "state", "errors", "status"),
+    (
+        ("========= ERROR SUMMARY: 0 errors\n", f"record({TESTED})", "done", 0, 0),
+        (OURS, f"record({TESTED})", "done", 1, 1),
+        (OURS[:300], f"record({TESTED}); time.sleep(60)", "cut", 1, 1),
+        ("", f"record({TESTED}); time.sleep(60)", "cut", 0, 1),
+        ("========= Error: Device not supported\n", f"record({TESTED})", "failed", 0, 1),
+        ("========= ERROR SUMMARY: 0 errors\n", "", "failed", 0, 1),  # no test ran
+        ("========= ERROR SUMMARY: 0 errors\n", "sys.exit(3)", "failed", 0, 1),
+    ),
+)  # fmt: skip
+def test_sanitizer_runs(monkeypatch, tmp_path, log, then, state, errors, status):
+    """A script stands in for compute-sanitizer."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f"#!{sys.executable}\n"
+        "import json, sys, time\n"
+        "def record(r): open(sys.argv[7], 'a').write(json.dumps(r) + '\\n')\n"
+        f"open(sys.argv[4], 'w').write({log!r})\n{then}\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(gpu, "CHECKS", ("memcheck",))
+    result = result_in(tmp_path)
+    result.add({"kind": "test", "outcome": "passed"})
+    outcome = gpu.sanitize(3 if state == "cut" else 60, result.add)
+    assert outcome["state"] == state and outcome["reason"] == f"memcheck {state}"
+    assert gpu.summary(result.records)["sanitizer_errors"] == errors
+    parts = {"tests": {"state": "done"}, "sanitizer": outcome}
+    assert gpu.exit_status(gpu.summary(result.records), parts) == status
+
+
+def test_tests_under_the_sanitizer_cover_every_dtype_format_and_mask():
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *gpu.SANITIZED]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    names = re.findall(r"::(test_\w+)\[(.*)\]", process.stdout)
+    assert 100 < len(names) < 200, process.stdout
+    selected = {(name, frozenset(values.split("-"))) for name, values in names}
+    for dtype, memory_format in itertools.product(DTYPES, ("contiguous_format", "channels_last")):
+        about = (str(dtype), f"torch.{memory_format}")
+        assert ("test_forward", frozenset((*about, "none", "aligned"))) in selected
+        for mask in ("random", "bits", "none"):
+            assert ("test_backward", frozenset((*about, mask))) in selected
+    ours = {name for name, _ in names}
+    assert ours == {
+        "test_ops_equal_the_reference", "test_pack_and_unpack_equal_the_reference",
+        "test_pack_random_equals_the_reference", "test_forward", "test_backward",
+    }  # fmt: skip
 
 
 # ---- the command: budget, time limits, the file ----
