@@ -20,12 +20,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import errors, setup
 
 TORCH_ABI_TARGET = "2.10"
-# Machine code for the architectures of this list that nvcc knows, and PTX of the last one for later GPUs. Code for 8.0 also
-# runs on 8.6 and 8.9. The list is short because each entry takes ten seconds to build.
-DEFAULT_ARCHITECTURES = ("7.5", "8.0", "9.0")
+OLDEST_SETUPTOOLS = (77,)  # the first that reads the license of pyproject.toml
+# Machine code for the architectures of this list that nvcc knows, and PTX of the last one for later GPUs. Code also runs on later
+# GPUs of the same major: that for 8.0 on 8.6 and 8.9, that for 10.0 on 10.3, that for 12.0 on 12.1.
+DEFAULT_ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 # The names that torch takes in TORCH_CUDA_ARCH_LIST, of the GPUs that CUDA 12 or later compiles for.
 NAMED_ARCHITECTURES = {
     "Maxwell": ("5.0", "5.2+PTX"),
@@ -68,6 +70,16 @@ def skips_extension() -> bool:
 def require(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise SystemExit(f"{package} is missing: pip install {package}. {SKIP}")
+
+
+def require_setuptools(version: str) -> None:
+    """Check the version before setuptools reads pyproject.toml and prints pages about its license."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers < OLDEST_SETUPTOOLS:
+        needed = ".".join(map(str, OLDEST_SETUPTOOLS))
+        raise SystemExit(
+            f'setuptools {version} is too old: {needed} or newer is needed: pip install "setuptools>={needed}"'
+        )
 
 
 def use_compiler(folder: str) -> None:
@@ -183,6 +195,12 @@ def choose_architectures(requested: str | None, supported: list[str]) -> list[st
     architectures = [
         a for a in DEFAULT_ARCHITECTURES if f"compute_{a.replace('.', '')}" in supported
     ]
+    if not architectures:
+        raise SystemExit(
+            f"nvcc knows none of the default architectures {', '.join(DEFAULT_ARCHITECTURES)}, but "
+            f"{', '.join(supported) or 'none at all'}; name one in TORCH_CUDA_ARCH_LIST, or leave the CUDA kernels out "
+            "with FASTSHAPE_CUDA=0"
+        )
     return [*architectures[:-1], f"{architectures[-1]}+PTX"]
 
 
@@ -390,4 +408,5 @@ def extension_arguments() -> dict:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
+    require_setuptools(setuptools.__version__)
     setup(**extension_arguments())
