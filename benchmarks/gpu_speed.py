@@ -1,4 +1,6 @@
-"""Measures the speed of shaping on a GPU against common alternatives. benchmarks/gpu.py runs it:
+"""Measures the speed of shaping on a GPU, alone, with BatchNorm and in a training step, against common alternatives.
+
+benchmarks/gpu.py runs it:
 
     python benchmarks/gpu_speed.py RECORDS SECONDS
 
@@ -21,6 +23,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fastshape
 from fastshape import reference
@@ -29,7 +32,7 @@ from fastshape.backends import triton
 P_ZERO = 0.5
 MAP = (64, 112, 112)  # one sample after the first convolution of a ResNet, for 224 pixels
 ROUNDS = 40
-DATASHEET = {"NVIDIA H100 80GB HBM3": 3.35e12}  # memory bandwidth in bytes per second
+DATASHEET = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12}  # memory: bytes per second
 
 
 # ---- cases ----
@@ -306,9 +309,7 @@ def speed_rows(case: Case, times: Mapping[str, list[float]], datasheet: float | 
                 "GB_per_s": rate / 1e9,
                 "share_of_datasheet": rate / datasheet if datasheet else None,
                 "share_of_copy": rate / copy_rate if copy_rate else None,
-                "fastshape_is_faster": statistics.median(
-                    theirs / ours for theirs, ours in zip(values, times["fastshape"], strict=True)
-                ),
+                "fastshape_is_faster": _times_faster(values, times["fastshape"]),
                 "rounds": len(values),
             }
         )
@@ -464,6 +465,184 @@ def overhead_rows(where: str, times: Mapping[str, list[float]]) -> list[dict]:
     ]
 
 
+# ---- shape + BatchNorm2d + ReLU ----
+
+
+@dataclass(frozen=True)
+class BatchNormCase:
+    shape: tuple[int, int, int, int]
+    dtype: str
+    memory_format: str  # "contiguous_format" or "channels_last"
+
+    def fields(self) -> dict:
+        """The fields of its records, as JSON keeps them."""
+        return asdict(self) | {"shape": list(self.shape)}
+
+
+# The outputs of convolutions of a ResNet-18 for 224 pixels: the largest map, and two whose planes do not fill a tile.
+BATCH_NORM_SHAPES = ((32, 64, 112, 112), (32, 256, 14, 14), (32, 512, 7, 7))
+MEMORY_FORMATS = ("contiguous_format", "channels_last")
+BATCH_NORM_CASES = [
+    BatchNormCase(shape, dtype, memory_format)
+    for shape in BATCH_NORM_SHAPES
+    for dtype in ("float32", "float16")
+    for memory_format in MEMORY_FORMATS
+]
+BATCH_NORM_DIRECTIONS = ("forward", "backward")
+
+
+def batch_norm_bytes(case: BatchNormCase, direction: str) -> int:
+    """The bytes that shaping with BatchNorm must move for a random mask.
+
+    Forward reads x, writes y, and writes, counts and looks up one bit per element. Backward reads dy and the bits twice, because
+    dx needs the sums over all of dy, and writes dx.
+    """
+    n, item = math.prod(case.shape), getattr(torch, case.dtype).itemsize
+    maps, bits = (2, 3) if direction == "forward" else (3, 2)
+    return maps * item * n + bits * n // 8
+
+
+def fused_batch_norm(channels: int) -> nn.Module:
+    return fastshape.ShapedBatchNorm2d(channels, p_zero=P_ZERO, relu=True)
+
+
+def unshaped_batch_norm(channels: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
+
+
+def compiled_batch_norm(channels: int) -> nn.Module:
+    return torch.compile(unshaped_batch_norm(channels), fullgraph=True, dynamic=False)
+
+
+BATCH_NORM_CONTENDERS = {
+    "fastshape": fused_batch_norm,
+    "unshaped": unshaped_batch_norm,
+    "unshaped, torch.compile": compiled_batch_norm,
+}
+
+
+def batch_norm_inputs(case: BatchNormCase, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, which requires a gradient, and dL/dy."""
+    memory_format = getattr(torch, case.memory_format)
+    x, grad = (
+        torch.randn(case.shape, device=device, dtype=getattr(torch, case.dtype)).contiguous(
+            memory_format=memory_format
+        )
+        for _ in range(2)
+    )
+    return x.requires_grad_(), grad
+
+
+def prepare_batch_norm(direction: str, module: nn.Module, x: torch.Tensor, grad: torch.Tensor):
+    """Does the work that is not timed and returns the call to time."""
+    if direction == "forward":
+        return lambda: module(x)
+    y = module(x)
+    return lambda: torch.autograd.grad(y, (x, *module.parameters()), grad)
+
+
+def run_batch_norm_case(case: BatchNormCase, clock, device: str, cache_bytes: int, rounds=ROUNDS):
+    """Yields a row per direction and contender, and an error for each contender that fails."""
+    torch._dynamo.reset()
+    first = batch_norm_inputs(case, device)
+    set_bytes = 2 * first[0].numel() * first[0].element_size()
+    more = sets_to_rotate(set_bytes, cache_bytes) - 1
+    turns = itertools.cycle([first, *(batch_norm_inputs(case, device) for _ in range(more))])
+    modules = {}
+    for name, make in BATCH_NORM_CONTENDERS.items():
+        try:
+            module = make(case.shape[1]).to(device)
+            for direction in BATCH_NORM_DIRECTIONS * 3:
+                prepare_batch_norm(direction, module, *next(turns))()
+        except Exception as error:  # a contender that fails must not end the others
+            yield {"kind": "error", "what": f"{name}, {case}", "error": _short(error)}
+            continue
+        modules[name] = module
+    if "fastshape" not in modules:
+        return
+    for direction in BATCH_NORM_DIRECTIONS:
+        contenders = {
+            name: lambda module=module, direction=direction: prepare_batch_norm(
+                direction, module, *next(turns)
+            )
+            for name, module in modules.items()
+        }
+        times = time_in_turn(contenders, clock, rounds)
+        size = batch_norm_bytes(case, direction)
+        for name, values in times.items():
+            yield {
+                "kind": "batch norm", **case.fields(), "direction": direction, "contender": name, "ms": spread(values),
+                "bytes": size if name == "fastshape" else None,
+                "GB_per_s": size / statistics.median(values) / 1e6 if name == "fastshape" else None,
+                "fastshape_is_faster": _times_faster(values, times["fastshape"]), "rounds": rounds,
+            }  # fmt: skip
+
+
+def _times_faster(theirs: list[float], ours: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+# ---- a training step ----
+
+STEP_CONTENDERS = ("replace", "hooks", "unshaped", "unshaped, torch.compile")
+MAIN_PATH = [n for n in range(1, 21) if n not in (8, 13, 18)]  # without the downsample convolutions
+
+
+def training_step(contender: str, memory_format: str, device: str, batch: int, side: int):
+    """An update of a ResNet-18 under bfloat16 autocast. "replace" and "hooks" shape all 17 layers of its main path."""
+    from torchvision.models import resnet18  # torchvision may be missing
+
+    torch.manual_seed(0)
+    layout = getattr(torch, memory_format)
+    model = resnet18(num_classes=7).to(device, memory_format=layout)
+    if contender in ("replace", "hooks"):
+        fastshape.attach(model, MAIN_PATH, p_zero=P_ZERO, method=contender)
+    forward = torch.compile(model) if contender == "unshaped, torch.compile" else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    images = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=layout)
+    labels = torch.randint(7, (batch,), device=device)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def step_rows(
+    memory_format: str, clock, device: str, names=STEP_CONTENDERS, batch=32, side=224, rounds=15, warm_up=3,
+):  # fmt: skip
+    """Yields a row per contender: milliseconds per step, the host's work included, and the speed-up of "replace"."""
+    torch._dynamo.reset()
+    steps = {}
+    for name in names:
+        try:
+            step = training_step(name, memory_format, device, batch, side)
+            for _ in range(warm_up):  # compiles the code and fills the allocator's cache
+                step()
+        except Exception as error:
+            what = f"step, {name}, {memory_format}"
+            yield {"kind": "error", "what": what, "error": _short(error)}
+            continue
+        steps[name] = step
+    if "replace" not in steps:
+        return
+    times = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = clock.mark()
+            step()
+            times[name].append(clock.milliseconds(start, clock.mark()))
+    for name, values in times.items():
+        yield {
+            "kind": "step", "memory_format": memory_format, "contender": name, "ms": spread(values),
+            "fastshape_is_faster": _times_faster(values, times["replace"]), "rounds": rounds,
+        }  # fmt: skip
+
+
 # ---- goals ----
 
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "==": operator.eq}
@@ -489,6 +668,16 @@ def requirements() -> list[tuple[str, dict, list[tuple[str, str, float]]]]:
             if CONTENDERS[name].serves(case) and case.direction != "backward":
                 faster = [("fastshape_is_faster", sign, times)]
                 table.append((f"{what}: against {name}", record | {"contender": name}, faster))
+    # Shaping with BatchNorm makes fewer passes over the map than BatchNorm alone.
+    others = [name for name in BATCH_NORM_CONTENDERS if name != "fastshape"]
+    for case, way, name in itertools.product(BATCH_NORM_CASES, BATCH_NORM_DIRECTIONS, others):
+        what = f"BatchNorm {way}, {case.shape}, {case.dtype}, {case.memory_format}: against {name}"
+        record = {"kind": "batch norm", **case.fields(), "direction": way, "contender": name}
+        table.append((what, record, [("fastshape_is_faster", ">", 1)]))
+    for memory_format in MEMORY_FORMATS:
+        record = {"kind": "step", "memory_format": memory_format, "contender": "unshaped"}
+        what = f"training step, {memory_format}: against unshaped"
+        table.append((what, record, [("fastshape_is_faster", ">", 1)]))
     record = {"kind": "saved", "contender": "fastshape"}
     for mask, size in (("random", ("bytes", "==", 16)), ("target", ("of_mask", "==", 1))):
         table.append((f"saved for backward, {mask}", record | {"mask": mask}, [size]))
@@ -523,6 +712,28 @@ def goals(records: list[dict]) -> list[dict]:
 # ---- everything ----
 
 
+def tasks_in_order(first: dict, shaping: Callable, batch_norm: Callable, step: Callable) -> dict:
+    """All tasks by name, the most important first. A lack of time cuts large maps and steps that take long to compile."""
+
+    def shaping_of(mib):
+        return {str(case): functools.partial(shaping, case) for case in CASES if case.mib == mib}
+
+    def steps(kind, names):
+        return {
+            f"training step, {kind}, {memory_format}": functools.partial(step, memory_format, names)
+            for memory_format in MEMORY_FORMATS
+        }
+
+    return {
+        **first,
+        **steps("eager", STEP_CONTENDERS[:3]),
+        **shaping_of(MIB[0]),
+        **{str(case): functools.partial(batch_norm, case) for case in BATCH_NORM_CASES},
+        **shaping_of(MIB[1]),
+        **steps("compiled", ("replace", "unshaped, torch.compile")),
+    }
+
+
 def measure_all(seconds: float):
     """Yields records until everything is measured or the time is up, then one with what is missing."""
     start = time.perf_counter()
@@ -536,14 +747,12 @@ def measure_all(seconds: float):
         yield from overhead_rows("eager, with backward", host_times(both, torch.cuda.synchronize))
         yield from overhead_rows("graph", graph_times(calls, clock))
 
-    tasks = {
-        "saved for backward": lambda: saved_rows("cuda"),
-        "launch overhead": small,
-        **{
-            str(case): lambda case=case: run_case(case, clock, "cuda", cache_bytes, datasheet)
-            for case in CASES
-        },
-    }
+    tasks = tasks_in_order(
+        first={"saved for backward": lambda: saved_rows("cuda"), "launch overhead": small},
+        shaping=lambda case: run_case(case, clock, "cuda", cache_bytes, datasheet),
+        batch_norm=lambda case: run_batch_norm_case(case, clock, "cuda", cache_bytes),
+        step=lambda memory_format, names: step_rows(memory_format, clock, "cuda", names),
+    )
     left_out = []
     for name, task in tasks.items():
         if time.perf_counter() - start > seconds:

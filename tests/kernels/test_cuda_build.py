@@ -392,6 +392,11 @@ def test_tables_are_read_16_bytes_at_a_time(kernels):
         assert (kernel.table_loads_16 > 0) == kernel.name.endswith(" rows>"), kernel
 
 
+# These have one thread per channel and one warp per block. They need no room for others.
+PER_CHANNEL = ("normalize", "differentiate")
+
+
 def test_registers_leave_room_for_a_thousand_threads(kernels):
     for kernel in kernels:
-        assert kernel.registers <= 64, kernel
+        most = 128 if kernel.name.startswith(PER_CHANNEL) else 64
+        assert kernel.registers <= most, kernel

@@ -207,7 +207,113 @@ def test_small_calls_and_their_rows():
         assert {"fastshape, random", "fastshape, target"} < set(rows)
 
 
+# ---- BatchNorm, and a training step ----
+
+
+def test_batch_norm_is_timed_at_these_maps():
+    cases = gpu_speed.BATCH_NORM_CASES
+    shapes = {case.shape for case in cases}
+    assert shapes == {(32, 64, 112, 112), (32, 256, 14, 14), (32, 512, 7, 7)}
+    assert {case.dtype for case in cases} == {"float32", "float16"} and len(set(cases)) == 12
+
+
+def test_bytes_of_batch_norm_by_hand():
+    case = gpu_speed.BatchNormCase((2, 8, 3, 5), "float16", "channels_last")
+    assert gpu_speed.batch_norm_bytes(case, "forward") == 2 * 2 * 240 + 3 * 30
+    assert gpu_speed.batch_norm_bytes(case, "backward") == 3 * 2 * 240 + 2 * 30
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+@pytest.mark.parametrize("memory_format", gpu_speed.MEMORY_FORMATS)
+def test_a_batch_norm_case_gives_a_row_per_direction_and_contender(
+    monkeypatch, dtype, memory_format
+):
+    def absent(channels):
+        raise OSError("no compiler")
+
+    # The compiled contender is its uncompiled module here.
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    contenders = gpu_speed.BATCH_NORM_CONTENDERS | {"absent": absent}
+    monkeypatch.setattr(gpu_speed, "BATCH_NORM_CONTENDERS", contenders)
+    clock = ScriptedClock(enqueuing_ms=0)
+    clock.milliseconds = lambda start, end: 2.0
+    case = gpu_speed.BatchNormCase((2, 8, 3, 5), dtype, memory_format)
+    error, *rows = gpu_speed.run_batch_norm_case(case, clock, "cpu", 1000, rounds=3)
+    assert error["kind"] == "error" and "no compiler" in error["error"]
+    assert [(row["direction"], row["contender"]) for row in rows] == [
+        (direction, name) for direction in ("forward", "backward") for name in contenders if name != "absent"
+    ]  # fmt: skip
+    for row in rows:
+        assert row["kind"] == "batch norm" and row["fastshape_is_faster"] == 1
+        assert row["ms"]["median"] == 2 and row["memory_format"] == memory_format
+    size = gpu_speed.batch_norm_bytes(case, "forward")
+    assert rows[0]["bytes"] == size and rows[0]["GB_per_s"] == pytest.approx(size / 2e-3 / 1e9)
+    assert rows[1]["bytes"] is rows[1]["GB_per_s"] is None
+
+
+@pytest.mark.parametrize("memory_format", gpu_speed.MEMORY_FORMATS)
+def test_batch_norm_contenders_differentiate_their_own_inputs(memory_format):
+    case = gpu_speed.BatchNormCase((2, 8, 3, 5), "float32", memory_format)
+    for name in ("fastshape", "unshaped"):
+        module = gpu_speed.BATCH_NORM_CONTENDERS[name](8)
+        x, grad = gpu_speed.batch_norm_inputs(case, "cpu")
+        y = gpu_speed.prepare_batch_norm("forward", module, x, grad)()
+        assert y.requires_grad and (y >= 0).all() and (y == 0).any()
+        dx, dweight, dbias = gpu_speed.prepare_batch_norm("backward", module, x, grad)()
+        assert dx.shape == x.shape and dx.stride() == x.stride()
+        assert dweight.shape == dbias.shape == (8,)
+
+
+def test_training_steps(monkeypatch):
+    pytest.importorskip("torchvision")
+
+    def absent(model):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", absent)
+    clock = ScriptedClock(enqueuing_ms=0)
+    clock.milliseconds = lambda start, end: 3.0
+    *rows, last = sorted(
+        gpu_speed.step_rows("channels_last", clock, "cpu", batch=2, side=32, rounds=2, warm_up=0),
+        key=lambda row: row["kind"] == "error",
+    )
+    assert [row["contender"] for row in rows] == ["replace", "hooks", "unshaped"]
+    assert all(row["kind"] == "step" and row["ms"]["median"] == 3 for row in rows)
+    assert "no compiler" in last["error"] and "unshaped, torch.compile" in last["what"]
+
+
+def test_batch_norm_and_steps_come_before_the_second_size_of_maps():
+    names = list(gpu_speed.tasks_in_order({"saved": print}, print, print, print))
+    assert names[0] == "saved" and len(names) == len(set(names)) == 1 + 12 + 4 + len(CASES)
+    large = min(k for k, name in enumerate(names) if "mib=256" in name)
+    before = [name for name in names[:large] if name.startswith(("training step", "BatchNorm"))]
+    assert len(before) == 12 + 2
+    assert all(name.startswith("training step, compiled") for name in names[large + 24 :])
+
+
+def test_known_devices_have_the_bandwidth_of_their_datasheet():
+    assert gpu_speed.DATASHEET["NVIDIA H100 80GB HBM3"] == 3.35e12
+    assert gpu_speed.DATASHEET["NVIDIA H200"] == 4.8e12
+
+
 # ---- goals ----
+
+
+def test_goals_of_batch_norm_and_steps():
+    case = gpu_speed.BATCH_NORM_CASES[0]
+    for ratio, reached in ((1.0, False), (1.01, True)):
+        record = {
+            "kind": "batch norm", **case.fields(), "direction": "backward", "contender": "unshaped",
+            "fastshape_is_faster": ratio,
+        }  # fmt: skip
+        what = (
+            "BatchNorm backward, (32, 64, 112, 112), float32, contiguous_format: against unshaped"
+        )
+        for row in (record, json.loads(json.dumps(record))):
+            assert goal_named(what, row)["reached"] is reached
+        record = {"kind": "step", "memory_format": "channels_last", "contender": "unshaped"}
+        what = "training step, channels_last: against unshaped"
+        assert goal_named(what, record | {"fastshape_is_faster": ratio})["reached"] is reached
 
 
 def speed_record(case: Case, contender: str, **fields) -> dict:
