@@ -1,7 +1,8 @@
 """The source of the CUDA kernels, compiled as C++ and run one warp at a time without a GPU, equals the reference bit for bit.
 
 The 32 lanes of a warp run in turn, each until its next exchange. This tests the arithmetic, the ownership of bytes, the tails
-and the bounds. It does not test memory models, speed or the launch.
+and the bounds, and where the compiler can, that nothing in it is undefined in C++. It does not test memory models, speed or the
+launch.
 """
 
 import ctypes
@@ -24,6 +25,8 @@ CSRC = HERE.parents[1] / "csrc"
 CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3, torch.bool: 4}
 # Sizes around a mask byte, a tile (256) and a step of several tiles (256, 512 or 1024); the largest makes blocks loop.
 SIZES = (0, 1, 7, 8, 9, 255, 256, 257, 1023, 1024, 1025, 3001, 12_007)
+# Tails that end in each of the 8 accesses of an incomplete tile, 32 elements each: at its first, a middle and its last element.
+TAILS = [1024 + 32 * access + last for access in range(8) for last in (1, 13, 32)]
 STATE = torch.tensor([1234567, 2**32 - 2])
 GUARD = 16  # elements before and after a tensor, which must not change
 
@@ -51,6 +54,45 @@ SIGNATURES = {  # the functions of emulation.cpp
 }
 
 
+def undefined_behavior_flags(compiler: str, folder: Path) -> list[str]:
+    """The options that make the library report undefined behavior on stderr; none if the compiler has no such runtime."""
+    source, flags = folder / "empty.cc", ["-fsanitize=undefined"]
+    source.write_text("int main() {}")
+    command = [compiler, *flags, source, "-o", folder / "empty"]
+    process = subprocess.run(command, capture_output=True, timeout=60)
+    return flags if process.returncode == 0 else []
+
+
+@pytest.fixture(autouse=True)
+def no_undefined_behavior(capfd):
+    yield
+    reports = [line for line in capfd.readouterr().err.splitlines() if "runtime error" in line]
+    assert not reports
+
+
+def test_undefined_behavior_is_reported(tmp_path, capfd):
+    compiler = shutil.which("c++")
+    flags = [] if compiler is None else undefined_behavior_flags(compiler, tmp_path)
+    if not flags:
+        pytest.skip("no C++ compiler that reports undefined behavior")
+    source, library = tmp_path / "faults.cpp", tmp_path / "faults.so"
+    source.write_text(
+        'extern "C" int shifted(int by) { return 1 << by; }\n'
+        'extern "C" int loaded(const char* from) { return *reinterpret_cast<const int*>(from); }\n'
+    )
+    command = [compiler, "-O1", "-fPIC", "-shared", *flags, source, "-o", library]
+    subprocess.run(command, check=True, timeout=60)
+    faults = ctypes.CDLL(str(library))
+    numbers = torch.zeros(8, dtype=torch.uint8)
+    for call, argument, word in (
+        (faults.shifted, ctypes.c_int(40), "shift exponent"),
+        (faults.loaded, pointer(numbers[1:]), "misaligned address"),
+    ):
+        call(argument)
+        error = capfd.readouterr().err
+        assert "runtime error" in error and word in error
+
+
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
     compiler = shutil.which("c++")
@@ -68,6 +110,7 @@ def emulation(tmp_path_factory):
         (folder / name).write_text(source.replace(launch, call))
     assert launches == 1
     command = [compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-pthread"]
+    command += undefined_behavior_flags(compiler, folder)
     command += [f"-I{folder}", f"-I{HERE / 'cuda_on_cpu'}", f"-I{CSRC / 'include'}"]
     sources = [*folder.glob("*.cpp"), HERE / "cuda_on_cpu" / "emulation.cpp"]
     objects = [folder / f"{source.stem}.o" for source in sources]
@@ -107,7 +150,7 @@ def assert_guards(storage: torch.Tensor, shift: int, n: int) -> None:
 @pytest.mark.parametrize("kind", ("random", "bits", "none"))
 @pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "misaligned"))
 def test_shape(emulation, dtype, kind, shift):
-    for n in SIZES:
+    for n in (*SIZES, *TAILS):
         x = awkward(n, dtype)
         bits = reference.pack(awkward(n, torch.float32, seed=9)) if kind == "bits" else None
         state = STATE if kind == "random" else None
@@ -140,7 +183,7 @@ def test_shape(emulation, dtype, kind, shift):
 
 @pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "misaligned"))
 def test_pack_and_unpack(emulation, shift):
-    for n in SIZES:
+    for n in (*SIZES, *TAILS):
         for dtype in (*DTYPES, torch.bool):
             x = torch.randn(n) > 0 if dtype == torch.bool else awkward(n, dtype)
             storage = guarded_storage(x, shift)
@@ -159,7 +202,7 @@ def test_pack_and_unpack(emulation, shift):
 @pytest.mark.parametrize("offset", (0, 2**32 - 3, -3), ids=("0", "2^32-3", "2^64-3"))
 def test_pack_random(emulation, p_zero, offset):
     state = torch.tensor([-5, offset])
-    for n in SIZES:
+    for n in (*SIZES, *TAILS):
         bits = torch.full(((n + 7) // 8 + 8,), 0xAA, dtype=torch.uint8)
         error = emulation.pack_random(
             pointer(state), ctypes.c_double(p_zero), pointer(bits), ctypes.c_int64(n)
@@ -448,6 +491,57 @@ def test_input_gradient_of_any_gradient(emulation, dtype, memory_format):
             expected if mask is None else torch.where(mask, expected, torch.zeros((), dtype=dtype))
         )
         assert_equal_numbers(dx, expected)
+
+
+def assert_batch_norm_equals_the_reference(
+    emulation, shape, dtype, memory_format, kind, clipped=True
+):
+    """A training step of a BatchNorm. Gradients are eighths, as above."""
+    n, channels = math.prod(shape), shape[1]
+    x = awkward(n, dtype).view(shape).contiguous(memory_format=memory_format)
+    masks, layer = mask_of(kind, n), Layer(channels)
+    y, *expected = layer.reference_forward(x, masks, 0.37, clipped)
+    storage, actual = guarded_view(torch.zeros_like(x), 0)
+    ones, within, statistics, running = layer.emulated_forward(
+        emulation, guarded_view(x, 0)[1], actual, masks, 0.37, clipped
+    )
+    assert torch.equal(ones, expected[0]) and torch.equal(within, expected[1])
+    for now, then in zip((statistics, *running), (expected[2], *expected[3]), strict=True):
+        assert_equal_numbers(now, then)
+    assert_equal_numbers(actual, y)
+    assert_guards(storage, 0, n)
+    grad = torch.randint(-16, 17, shape, generator=torch.Generator().manual_seed(n)).to(dtype) / 8
+    grad = grad.contiguous(memory_format=memory_format)
+    dx, *expected = layer.reference_backward(grad, ones, statistics, masks, 0.37)
+    storage, actual = guarded_view(torch.zeros_like(grad), 0)
+    *grads, _ = layer.emulated_backward(
+        emulation, guarded_view(grad, 0)[1], actual, ones, statistics, masks, 0.37
+    )
+    assert_equal_numbers(actual, dx)
+    assert_equal_numbers(grads[0], expected[0])
+    assert_equal_numbers(grads[1], expected[1])
+    assert_guards(storage, 0, n)
+
+
+# Planes of several chunks, of which count has 8,192 elements each and sums 4,096: whole ones, and an odd end.
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("plane", ((112, 112), (64, 128), (103, 107), (129, 127)), ids=str)
+def test_planes_of_several_chunks(emulation, dtype, memory_format, plane):
+    assert_batch_norm_equals_the_reference(
+        emulation, (2, 3, *plane), dtype, memory_format, "random"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_tails_of_batch_norm(emulation, dtype, memory_format):
+    for k, n in enumerate(TAILS):
+        kind = ("random", "bits", "none")[k % 3]
+        assert_batch_norm_equals_the_reference(emulation, (1, 1, 1, n), dtype, memory_format, kind)
+        if n % 3 == 0:
+            shape = (n // 3, 3, 1, 1)
+            assert_batch_norm_equals_the_reference(emulation, shape, dtype, memory_format, kind)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
