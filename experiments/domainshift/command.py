@@ -18,7 +18,7 @@ import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jsonargparse import ActionYesNo, ArgumentParser
 from rich.console import Console
@@ -27,10 +27,11 @@ from domainshift import distributed, files
 from domainshift.config import Config, Switches, Test, choices, preset_values, role
 from domainshift.errors import BadInput, ConfigError, Failure
 from domainshift.methods import METHODS, blamed, load_method_file, method_named
-from domainshift.models import layer_lines
 from domainshift.progress import Screen, show_any_name
 from domainshift.records.schema import CONFIG
-from domainshift.setup import Setup, run_name, set_up, targets_of_training
+
+if TYPE_CHECKING:  # --help needs no torch, which takes seconds to import
+    from domainshift.setup import Setup
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses
 
@@ -234,6 +235,8 @@ def retested(flags: Mapping[str, Any]) -> bool:
 
 def setups_of(values: Mapping[str, Any]) -> list[Setup]:
     """One setup for each training: several where the method trains once for each target."""
+    from domainshift.setup import set_up, targets_of_training
+
     setup = set_up(values)
     config = setup.config
     if len(targets_of_training(setup)) < 2:
@@ -250,6 +253,7 @@ def setups_of(values: Mapping[str, Any]) -> list[Setup]:
 
 def run(request: Request, screen: Screen) -> None:
     """Everything that a request asks for: trainings, tests, closing lines."""
+    from domainshift.setup import run_name
     from domainshift.training.run import closing_lines, execute
 
     with distributed.together(), blamed():
@@ -299,5 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def layers_of(values: Mapping[str, Any]) -> list[str]:
     """--layers list: the layers that can be shaped, with their numbers and shapes."""
+    from domainshift.models import layer_lines
+    from domainshift.setup import set_up
+
     setup = set_up({n: v for n, v in values.items() if n in Config.names() and n != "mode"})
     return layer_lines(setup.config.model, setup.config.image_size, values.get("after", "conv"))

@@ -21,6 +21,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     ClassVar,
@@ -32,20 +33,17 @@ from typing import (
     get_origin,
 )
 
-import torch
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from domainshift import files
 from domainshift.errors import ConfigError
 
+if TYPE_CHECKING:  # --help needs no torch, which takes seconds to import
+    import torch
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRESETS = REPOSITORY / "experiments" / "presets"
-
-MEMORY_FORMATS = {
-    "contiguous": torch.contiguous_format,
-    "channels_last": torch.channels_last,
-}
 
 PATCH = 16  # side, in pixels, of the patches that target_transform shuffled puts in random order
 
@@ -586,6 +584,8 @@ def absolute(path: str) -> str:
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`. Raises ConfigError for one that is not there."""
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")

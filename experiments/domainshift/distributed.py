@@ -15,14 +15,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
-
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from typing import TYPE_CHECKING, NamedTuple
 
 from domainshift.errors import ConfigError, Failure
+
+if TYPE_CHECKING:  # --help asks for the rank, and needs no torch, which takes seconds to import
+    import torch
+    from torch import Tensor, nn
 
 PATIENCE = 60.0  # seconds in which torchrun ends all processes after one has failed
 
@@ -34,33 +33,50 @@ class Lost(Failure):
 # --- the processes ----------------------------------------------------------------------------
 
 
+def launched() -> bool:
+    """Whether torchrun started this process, as one of several."""
+    # torchelastic's own variable too: a cluster may leave a WORLD_SIZE of something else behind
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+
+
 def join() -> None:
     """Become one of the processes that torchrun started, if it started several.
 
     gloo carries CPU tensors, NCCL those on GPUs.
     """
-    # torchelastic's own variable too: a cluster may leave a WORLD_SIZE of something else behind
-    if (
-        dist.is_available()
-        and dist.is_torchelastic_launched()
-        and int(os.environ["WORLD_SIZE"]) > 1
-    ):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if not launched():
+        return
+    import torch
+
+    if torch.distributed.is_available():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend)
 
 
 def leave() -> None:
     if size() > 1:
-        dist.destroy_process_group()
+        import torch
+
+        torch.distributed.destroy_process_group()
 
 
 def size() -> int:
     """The number of processes that share this run."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if not launched():
+        return 1
+    import torch
+
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if joined else 1
 
 
 def rank() -> int:
     """The number of this process, from 0. Only process 0 writes files and prints."""
-    return dist.get_rank() if size() > 1 else 0
+    if size() == 1:
+        return 0
+    import torch
+
+    return torch.distributed.get_rank()
 
 
 def first_here() -> bool:
@@ -72,6 +88,8 @@ def take_device(device: str) -> None:
     """Make `cuda` mean a GPU that no other process uses. Raises ConfigError where there is none."""
     if size() == 1 or not device.startswith("cuda"):
         return
+    import torch
+
     if device != "cuda":
         raise ConfigError(
             f"device: {device!r} with {size()} processes, each of which needs its own GPU; allowed: "
@@ -88,7 +106,7 @@ def take_device(device: str) -> None:
 
 def caveats(device: str) -> list[str]:
     """What the record of a run on these processes must say."""
-    if size() == 1 or torch.device(device).type == "cuda":
+    if size() == 1 or device.startswith("cuda"):
         return []
     return [
         f"{size()} processes on CPUs: each normalizes with the BatchNorm statistics of its own part "
@@ -111,6 +129,8 @@ def together() -> Iterator[None]:
             raise
         error = caught
     if size() > 1:
+        import torch
+
         failed = torch.zeros(size(), dtype=torch.int64)
         failed[rank()] = error is not None
         failed = summed(failed)
@@ -164,9 +184,11 @@ def summed(t: Tensor) -> Tensor:
     """
     if size() == 1 or t.numel() == 0:
         return t
+    import torch
+
     t = t.clone()
     try:
-        dist.all_reduce(t)
+        torch.distributed.all_reduce(t)
     except RuntimeError as error:
         reason = str(error).split(". ")[0]
         raise Lost(
@@ -179,24 +201,14 @@ def average(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over the processes, in one collective."""
     if size() == 1 or not tensors:
         return
+    import torch
+
     means = summed(torch.cat([t.flatten() for t in tensors])) / size()
     for t, mean in zip(tensors, means.split([t.numel() for t in tensors]), strict=True):
         t.copy_(mean.view_as(t))
 
 
-Loss = Callable[..., tuple[Tensor, Tensor]]
-
-
-class TrainingPass(nn.Module):
-    """A loss as a module that holds what it trains: DistributedDataParallel wraps one module."""
-
-    def __init__(self, loss: Loss, trained: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.loss = loss
-        self.trained = nn.ModuleList(trained)
-
-    def forward(self, *batch: Any) -> tuple[Tensor, Tensor]:
-        return self.loss(*batch)
+Loss = Callable[..., tuple["Tensor", "Tensor"]]
 
 
 def parallel(loss: Loss, trained: Iterable[nn.Module], *, some_unused: bool) -> Loss:
@@ -209,11 +221,17 @@ def parallel(loss: Loss, trained: Iterable[nn.Module], *, some_unused: bool) -> 
     """
     if size() == 1:
         return loss
+    from torch.nn.parallel import DistributedDataParallel
+
+    from domainshift.training_pass import TrainingPass
+
     return DistributedDataParallel(TrainingPass(loss, trained), find_unused_parameters=some_unused)
 
 
 def unaveraged(loss: Loss) -> AbstractContextManager[None]:
     """Within it backward adds to this process's gradients. The next backward outside averages the sum."""
+    from torch.nn.parallel import DistributedDataParallel
+
     return loss.no_sync() if isinstance(loss, DistributedDataParallel) else nullcontext()
 
 
@@ -232,6 +250,8 @@ def share_batch_norm(model: nn.Module, device: torch.device) -> dict[str, nn.Mod
     """
     if not shares_batch_norm(device):
         return {}
+    from torch import nn
+
     kind = nn.modules.batchnorm._BatchNorm
     replaced = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
     nn.SyncBatchNorm.convert_sync_batchnorm(model)

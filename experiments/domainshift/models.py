@@ -20,6 +20,11 @@ from domainshift import files, finite
 from domainshift.errors import ConfigError, RecordError, WeightsError, listing
 from domainshift.torch_defaults import own_defaults
 
+MEMORY_FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+}
+
 SLIM = "resnet18-slim"
 SLIM_WIDTH = 12  # channels of its first convolution, where ResNet-18 has FULL_WIDTH
 FULL_WIDTH = 64

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import torch
 from domainshift import distributed
 from domainshift.config import Config, Test
-from domainshift.methods import dann, method_named
+from domainshift.methods import domain_head, method_named
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -65,7 +65,7 @@ def trained(arm, norm=nn.Identity, batches=BATCHES):
     kind = method_named(values.get("mode", "baseline"))
     options = {n: values.pop(n) for n in kind.Options.names() if n in values}
     config = Config(**values, options=kind.Options(**options))
-    with mock.patch.object(dann, "DomainHead", head):
+    with mock.patch.object(domain_head, "DomainHead", head):
         method = kind(net(norm), config, torch.device("cpu"))
     torch.manual_seed(1)
     losses, correct = [], []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from domainshift.data.domain import Domain
 from domainshift.data.folder import DataSet, Folder, find_folder
-from domainshift.data.images import Domain
 from domainshift.data.pacs import NAME, OFFICIAL_COUNTS, Pacs, find_pacs
 from domainshift.data.toy import Toy
 

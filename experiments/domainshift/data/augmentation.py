@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from domainshift.data.device import loader
+from domainshift.data.domain import Domain
 from domainshift.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Domain,
     UnlabelledImages,
     train_transform,
 )

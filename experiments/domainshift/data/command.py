@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from domainshift.data import open_data
 from domainshift.data.fetch import HUB_DATASET, fetch
 from domainshift.data.pacs import DEFAULT_ROOT
@@ -66,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def augmentation(path: Path, args: argparse.Namespace, screen: Screen) -> int:
-    from domainshift.data.augmentation import draw_augmentation  # matplotlib takes a second
+    import torch
+
+    from domainshift.data.augmentation import draw_augmentation
 
     data = open_data(args.data)
     domain = data.load(args.source or data.domains[0])

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from domainshift.data.domain import Domain
 from domainshift.data.image_files import DECODER, SUFFIXES, common_side, decode
-from domainshift.data.images import Domain
 from domainshift.errors import DataError, listing
 from domainshift.files import replacing
 from domainshift.progress import Screen

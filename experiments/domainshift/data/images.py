@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from domainshift.config import PATCH
+from domainshift.data.domain import Domain
 from domainshift.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -23,26 +23,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 PATCH_ORDER = 5  # purpose of a random stream, beside those of `domainshift.data.pairing`
 
 _WORD = 0xFFFFFFFFFFFFFFFF
-
-
-@dataclass(frozen=True, eq=False)
-class Domain:
-    """All images of one domain, sorted by class and then by file name.
-
-    name: of the domain
-    images: uint8 (n, side, side, 3), RGB; may be a read-only memory map
-    labels: int64 (n,), indices into `classes`
-    files: "<class>/<file>" of each image
-    classes: names of the classes
-    digest: hex hash of the content, see `DataSet.digest`
-    """
-
-    name: str
-    images: np.ndarray
-    labels: np.ndarray
-    files: tuple[str, ...]
-    classes: tuple[str, ...]
-    digest: str
 
 
 # --- transforms -------------------------------------------------------------------------------

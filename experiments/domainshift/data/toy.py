@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from domainshift.data import drawing
+from domainshift.data.domain import Domain
 from domainshift.data.folder import DataSet
-from domainshift.data.images import Domain
 
 
 class Toy(DataSet):

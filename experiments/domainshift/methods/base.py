@@ -13,24 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, Literal, NamedTuple
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from domainshift import distributed
 from domainshift.config import PATCH, Config, Switches, Test, switch
 from domainshift.errors import ConfigError
-from domainshift.models import FeatureTap, bare_model
 
-AUTOCAST_DTYPES = {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:  # --help reads the methods, and needs no torch, which takes seconds to import
+    import torch
+    from torch import Tensor, nn
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 # Cost of a pass without backward, in passes with one. Convolutions dominate: backward costs twice
 # what forward does.
 FORWARD = 1 / 3
-
-BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class Step(NamedTuple):
@@ -180,6 +176,10 @@ class Method:
     # --- training -----------------------------------------------------------------------------
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
+        import torch
+
+        from domainshift.models import FeatureTap
+
         self.model = model
         self.config = config
         self.device = device
@@ -201,7 +201,7 @@ class Method:
         # steps once for each epoch, or where updates are counted each update, that moved the weights
         step_size = max(1, int(config.step_fraction * (config.updates or config.epochs)))
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size, config.gamma)
-        self.amp_dtype = AUTOCAST_DTYPES[config.amp]
+        self.amp_dtype = None if config.amp == "off" else getattr(torch, config.amp)
         # float16 gradients underflow without scaling; bfloat16 has the range of float32
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         self.training_pass = distributed.parallel(
@@ -225,6 +225,8 @@ class Method:
         self, images: Tensor, labels: Tensor, target_images: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Mean loss of one training pass, with its graph, and the source logits (n, classes)."""
+        from torch.nn import functional as F
+
         logits = self.model(images)
         return F.cross_entropy(logits, labels), logits
 
@@ -244,6 +246,8 @@ class Method:
                 several domains stand beside the source: (n, domains, 3, S, S).
             whole: images in the batch of all processes, whose `distributed.parts` these are; None: n.
         """
+        import torch
+
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -282,6 +286,8 @@ class Method:
 
     def overflown(self) -> Tensor:
         """Whether the scaler will skip the next step: bool, on the device."""
+        import torch
+
         if not self.scaler.is_enabled():
             return torch.zeros((), dtype=torch.bool, device=self.device)
         groups = (group["params"] for group in self.optimizer.param_groups)
@@ -290,6 +296,8 @@ class Method:
 
     def checked(self, result: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """What `loss` returned, if it is what it must be. Raises ConfigError."""
+        from torch import Tensor
+
         pair = result if isinstance(result, tuple) and len(result) == 2 else (None, None)
         if not all(isinstance(t, Tensor) for t in pair) or pair[0].dim() or len(pair[1]) != len(x):
             raise ConfigError(
@@ -321,7 +329,6 @@ class Method:
             )
         yield
 
-    @torch.no_grad()
     def predict(self, images: Tensor, start: int = 0) -> Prediction:
         """Logits and features in evaluation mode.
 
@@ -329,13 +336,14 @@ class Method:
             images: float32 (n, 3, S, S), normalized.
             start: place of the first of them in the batch of all processes.
         """
+        import torch
+
         self.model.eval()
         self.place(start)
-        with self.autocast():
+        with torch.no_grad(), self.autocast():
             logits = self.model(images)
         return Prediction(logits.float(), self.tap.features.float())
 
-    @torch.no_grad()
     def recalibrate(self, batches: Iterable[Tensor]) -> None:
         """Measure BatchNorm's running statistics on `batches`: plain means over them.
 
@@ -344,6 +352,8 @@ class Method:
         Args:
             batches: images, float32 (n, 3, S, S), normalized; n > 1. All processes get all of them.
         """
+        import torch
+
         norms = self.norms()
         momenta = [norm.momentum for norm in norms]
         self.model.eval()
@@ -357,7 +367,7 @@ class Method:
                 if distributed.shares_batch_norm(self.device):
                     part = distributed.parts(len(images))[0].images
                 self.place(part.start or 0, len(images))
-                with self.autocast():
+                with torch.no_grad(), self.autocast():
                     self.model(images[part].to(self.device, non_blocking=True))
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
@@ -379,6 +389,8 @@ class Method:
 
     def norms(self) -> list[BatchNorm]:
         """The BatchNorms of the model that have running statistics."""
+        from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
         return [
             module
             for module in self.model.modules()
@@ -387,10 +399,14 @@ class Method:
 
     def statistics(self) -> Tensor:
         """A copy of BatchNorm's running means and variances, one after the other."""
+        import torch
+
         values = [t for n in self.norms() for t in (n.running_mean, n.running_var)]
         return torch.cat(values) if values else torch.empty(0, device=self.device)
 
     def autocast(self) -> torch.autocast:
+        import torch
+
         return torch.autocast(
             self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
         )
@@ -420,6 +436,8 @@ class Method:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        import torch
+
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
@@ -433,4 +451,8 @@ class Method:
 
 def has_batch_norm(model: str) -> bool:
     """Whether a network normalizes by statistics that a pass in train mode moves."""
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+    from domainshift.models import bare_model
+
     return any(isinstance(module, BatchNorm) for module in bare_model(model).modules())

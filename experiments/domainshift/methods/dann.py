@@ -4,53 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import TYPE_CHECKING, Any
 
 from domainshift import distributed
 from domainshift.config import Config, NotNegative, Positive, switch
 from domainshift.methods.base import Method, TargetOptions, has_batch_norm
-from domainshift.models import classifier_name
 
-HIDDEN = 1024  # width of the domain head's two hidden layers
-
-
-class ReverseGradient(torch.autograd.Function):
-    """The identity, with dL/dx = -weight * dL/dy."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
-        ctx.weight = weight
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return -ctx.weight * grad, None
-
-
-class DomainHead(nn.Sequential):
-    """The domain of features: (n, features) -> logits (n, 1), on the CPU. 0 is the source.
-
-    Args:
-        features: width of the input.
-        seed: of the initial weights. The global random stream stays where it is.
-    """
-
-    def __init__(self, features: int, seed: int) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            super().__init__(
-                nn.Linear(features, HIDDEN),
-                nn.BatchNorm1d(HIDDEN),
-                nn.ReLU(),
-                nn.Linear(HIDDEN, HIDDEN),
-                nn.BatchNorm1d(HIDDEN),
-                nn.ReLU(),
-                nn.Linear(HIDDEN, 1),
-            )
+if TYPE_CHECKING:  # see domainshift.methods.base
+    import torch
+    from torch import Tensor, nn
 
 
 class DannOptions(TargetOptions):
@@ -101,8 +63,11 @@ class Dann(Method):
         return f"{cls.title}, weight {values['dann_weight']:g}"
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
+        from domainshift.methods import domain_head
+        from domainshift.models import classifier_name
+
         self.classifier = model.get_submodule(classifier_name(model))
-        self.head = DomainHead(self.classifier.in_features, config.seed).to(device)
+        self.head = domain_head.DomainHead(self.classifier.in_features, config.seed).to(device)
         distributed.share_batch_norm(self.head, device)
         super().__init__(model, config, device)
 
@@ -119,6 +84,11 @@ class Dann(Method):
     def loss(
         self, images: Tensor, labels: Tensor, target_images: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        import torch
+        from torch.nn import functional as F
+
+        from domainshift.methods.domain_head import ReverseGradient
+
         n = len(images)
         logits = self.model(torch.cat([images, target_images]))[:n]
         features = ReverseGradient.apply(self.tap.features, reversal(self.progress))

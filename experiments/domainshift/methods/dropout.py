@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import TYPE_CHECKING, Any
 
 from domainshift.config import Config, Layers, Probability, switch
-from domainshift.methods.masks import Hooks
+from domainshift.methods.hooks import Hooks
 from domainshift.methods.shaping import LAYERS, Layered, LayerOptions, choose_layers, places
+
+if TYPE_CHECKING:  # see domainshift.methods.base
+    from torch import Tensor, nn
 
 
 class DropoutOptions(LayerOptions):
@@ -56,6 +56,8 @@ class ChannelDropout(Hooks):
     def changed(self, name: str, x: Tensor, call: int) -> Tensor | None:
         if not self.model.training:
             return None
+        from torch.nn import functional as F
+
         # drawn for the whole batch: each process takes its rows, and their generators stay alike
         whole = x.new_ones(self.samples or len(x), *x.shape[1:2], *[1] * (x.dim() - 2))
         return x * F.dropout2d(whole, self.rate).narrow(0, self.first_sample, len(x))

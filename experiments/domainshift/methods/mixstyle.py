@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from domainshift import distributed
 from domainshift.config import Config, Layers, Positive, Share, switch
 from domainshift.errors import ConfigError
-from domainshift.methods.masks import Hooks
+from domainshift.methods.hooks import Hooks
 from domainshift.methods.shaping import LAYERS, Layered, LayerOptions, choose_layers, places
+
+if TYPE_CHECKING:  # see domainshift.methods.base
+    from torch import Tensor, nn
 
 EPSILON = 1e-6  # added to a variance before its root, as in the authors' code
 
@@ -66,6 +66,8 @@ class StyleMixing(Hooks):
     def __init__(
         self, model: nn.Module, names: Sequence[str], probability: float, alpha: float
     ) -> None:
+        import torch
+
         super().__init__(model, names)
         self.probability = probability
         self.beta = torch.distributions.Beta(alpha, alpha)
@@ -74,6 +76,8 @@ class StyleMixing(Hooks):
     def changed(self, name: str, x: Tensor, call: int) -> Tensor | None:
         if not self.model.training:
             return None
+        import torch
+
         if x.dim() != 4:
             raise ConfigError(
                 f"layers: the output of {name!r} has {x.dim()} dimensions; mixstyle needs (n, C, H, W)"
@@ -94,6 +98,8 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Without graph, and in float32 for a half-precision x.
     """
+    import torch
+
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     variance, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
     return mean, (variance + EPSILON).sqrt()
@@ -126,6 +132,6 @@ def mixed(
         mean, deviation, other_mean, other_deviation: (n, C, 1, 1), without graph.
         own_share: (n, 1, 1, 1), lambda: 1 leaves x as it is, 0 takes the others' statistics.
     """
-    new_mean = torch.lerp(other_mean, mean, own_share)
-    new_deviation = torch.lerp(other_deviation, deviation, own_share)
+    new_mean = other_mean.lerp(mean, own_share)
+    new_deviation = other_deviation.lerp(deviation, own_share)
     return ((x - mean) * (new_deviation / deviation) + new_mean).to(x.dtype)

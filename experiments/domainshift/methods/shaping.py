@@ -5,12 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-
-import fastshape
 from domainshift import distributed
 from domainshift.config import (
     Config,
@@ -25,9 +21,14 @@ from domainshift.config import (
     switch,
 )
 from domainshift.errors import ConfigError
-from domainshift.methods import masks
 from domainshift.methods.base import FORWARD, Method, TargetOptions, has_batch_norm
-from domainshift.models import bare_model
+
+if TYPE_CHECKING:  # see domainshift.methods.base
+    import torch
+    from torch import Tensor, nn
+
+    import fastshape
+    from domainshift.methods import masks
 
 LAYERS = "conv numbers from 1, module names, shell patterns, or all"
 
@@ -47,6 +48,8 @@ class LayerOptions(Switches):
 
 def choose_layers(model: nn.Module, options: LayerOptions) -> tuple[str, ...]:
     """Names of the modules that the switches choose. Raises ConfigError for any that is not there."""
+    import fastshape
+
     layers = "all" if options.layers == ("all",) else list(options.layers)
     try:
         with fastshape.attach(
@@ -59,6 +62,8 @@ def choose_layers(model: nn.Module, options: LayerOptions) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=256)
 def layers_of(model: str, options: LayerOptions) -> tuple[str, ...]:
+    from domainshift.models import bare_model
+
     return choose_layers(bare_model(model), options)
 
 
@@ -169,6 +174,8 @@ class Shaping(Layered):
 
         Raises ConfigError for layers that the model does not have.
         """
+        import fastshape
+
         options = config.options
         names = choose_layers(model, options)
         if own := cls.own_maps(model, names, options):
@@ -200,6 +207,10 @@ def attach_method(config: Config) -> str:
         return "hooks"
     if options.attach != "auto":
         return options.attach
+    import torch
+
+    import fastshape
+
     native = fastshape.backend_info()[torch.device(config.device).type] == "native"
     return "auto" if native and options.after == "conv" and options.binarize else "hooks"
 
@@ -259,6 +270,8 @@ class RandomMaps(Shaping):
     def own_maps(
         cls, model: nn.Module, names: tuple[str, ...], options: RandomOptions
     ) -> masks.Maps | None:
+        from domainshift.methods import masks
+
         return masks.RandomMaps(model, names, options) if options.epsilon else None
 
     @classmethod
@@ -318,6 +331,8 @@ class RescaledMaps(RandomMaps):
     def own_maps(
         cls, model: nn.Module, names: tuple[str, ...], options: RandomOptions
     ) -> masks.Maps:
+        from domainshift.methods import masks
+
         return masks.RescaledMaps(model, names, options)
 
     @classmethod
@@ -426,10 +441,14 @@ class TargetMaps(Shaping):
         several = options.mask_sources or (options.product and options.top_k is not None)
         if options.epsilon == 0 and not several and options.apply_maps:
             return None
+        from domainshift.methods import masks
+
         return masks.RecordedMaps(model, names if options.apply_maps else (), options)
 
     @classmethod
     def package_mode(cls, options: TargetMapsOptions) -> dict[str, Any]:
+        import fastshape
+
         mode = "product" if options.product else "target"
         to_mask = None if options.top_k is None else fastshape.top_k(options.top_k)
         return {"mode": mode, "record_mode": options.record_mode, "to_mask": to_mask}

@@ -20,7 +20,8 @@ from torch import nn
 
 from domainshift.config import Config, Test, hash_of, validated
 from domainshift.data import official_counts
-from domainshift.data.images import Domain, split_holdout
+from domainshift.data.domain import Domain
+from domainshift.data.images import split_holdout
 from domainshift.errors import BadInput, RecordError
 from domainshift.methods import Method, method_named
 from domainshift.models import bare_model, imagenet, output_shapes, weights_digest

@@ -19,9 +19,7 @@ from pathlib import Path
 from domainshift import files
 from domainshift.errors import BadInput
 from domainshift.progress import show_any_name
-from domainshift.report import audit, contents, dictionary, render
-from domainshift.report.comparisons import matchups
-from domainshift.report.study import read_study
+from domainshift.report import dictionary
 
 FAILED, BAD_INPUT = 1, 2  # exit statuses
 
@@ -56,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def audit_only(folder: Path) -> int:
+    from domainshift.report import audit
+    from domainshift.report.comparisons import matchups
+    from domainshift.report.study import read_study
+
     study = read_study(folder)
     result = audit.audit(study, {table.name: matchups(table) for table in study.tables})
     print("\n".join(audit.lines(study, result)))
@@ -63,6 +65,9 @@ def audit_only(folder: Path) -> int:
 
 
 def report(folder: Path, out: Path | None) -> int:
+    from domainshift.report import contents, render
+    from domainshift.report.study import read_study
+
     built = contents.build(read_study(folder))
     out = out or folder / "report.html"
     for suffix, text_of in render.FILES.items():

@@ -20,13 +20,15 @@ import torch
 from torch.nn import functional as F
 
 from domainshift import distributed
-from domainshift.config import MEMORY_FORMATS, Config, Test, hash_of
+from domainshift.config import Config, Test, hash_of
 from domainshift.data import DataSet
 from domainshift.data.device import loader
-from domainshift.data.images import Domain, UnlabelledImages, test_transform
+from domainshift.data.domain import Domain
+from domainshift.data.images import UnlabelledImages, test_transform
 from domainshift.data.pairing import epoch_order
 from domainshift.errors import NonFiniteError
 from domainshift.methods import Method
+from domainshift.models import MEMORY_FORMATS
 from domainshift.progress import Screen
 from domainshift.records.results import Predictions
 from domainshift.records.schema import Count

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from domainshift import distributed, files, finite
 from domainshift.config import Config
+from domainshift.data.domain import Domain
 from domainshift.data.images import (
-    Domain,
     LabelledImages,
     ShuffledImages,
     UnlabelledImages,

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from domainshift import distributed, files
-from domainshift.config import MEMORY_FORMATS, Config, Test, preset_values
-from domainshift.data.images import Domain, split_holdout
+from domainshift.config import Config, Test, preset_values
+from domainshift.data.domain import Domain
+from domainshift.data.images import split_holdout
 from domainshift.data.pairing import same_class
 from domainshift.errors import ConfigError, RecordError
 from domainshift.lease import Busy, Lease, on_behalf, take
 from domainshift.methods import Method, method_named
-from domainshift.models import Weights, build_model, state_digest
+from domainshift.models import MEMORY_FORMATS, Weights, build_model, state_digest
 from domainshift.progress import Screen
 from domainshift.records import results
 from domainshift.records.results import MANY_SKIPPED, Predictions, Result, Training

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from domainshift.methods.dann import DomainHead, ReverseGradient, reversal
+from domainshift.methods.dann import reversal
+from domainshift.methods.domain_head import DomainHead, ReverseGradient
 from small_networks import SOURCE, TARGET, images, method_with
 from torch import nn
 from torch.nn import functional as F

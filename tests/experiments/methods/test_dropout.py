@@ -3,7 +3,6 @@
 import pytest
 import torch
 from domainshift.config import Test
-from domainshift.methods import dropout
 from domainshift.methods.dropout import ChannelDropout
 from small_networks import images, method_with, net, outputs
 from torch import nn
@@ -55,7 +54,7 @@ def test_rescaled_random_maps_per_channel_are_dropout_of_channels(rate, monkeypa
     monkeypatch.setattr(
         fastshape, "random_blocks", lambda shape, *_, **__: BitMask.from_bool(kept.expand(shape))
     )
-    monkeypatch.setattr(dropout.F, "dropout2d", lambda ones, p: ones * kept / (1 - p))
+    monkeypatch.setattr(F, "dropout2d", lambda ones, p: ones * kept / (1 - p))
     maps = {"binarize": False, "mask_unit": "channel", "p_zero": (rate,)}
     results = []
     for mode, values in (("random-rescaled", maps), ("dropout2d", {"drop_rate": rate})):

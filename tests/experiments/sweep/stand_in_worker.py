@@ -9,7 +9,7 @@ from pathlib import Path
 from domainshift import files
 from domainshift.records.results import figures
 from domainshift.records.schema import EVALUATIONS, METRICS, TRAINING, VERSION
-from domainshift.sweep import command, local
+from domainshift.sweep import command, local, sweeping
 from paper_data import DATA, expanded, on_paper
 
 # Started without site-packages, so in some 20 ms. Its first argument is the folder with its orders.
@@ -98,7 +98,7 @@ class Stand:
         words = (sys.executable, "-S", str(program), str(self.orders))
         monkeypatch.setattr(local, "COMMAND", words)
         # its records are too poor for the audit; whether they are audited is tested with true ones
-        monkeypatch.setattr(command, "check", lambda _: [])
+        monkeypatch.setattr(sweeping, "check", lambda _: [])
         self.plan = expanded(str(path), device=device)
         self.names = [job.name for job in self.plan.jobs]
         for job in self.plan.jobs:

@@ -6,7 +6,7 @@ import pytest
 from domainshift import files
 from domainshift.records.schema import CHECKPOINT, TRAINING
 from domainshift.records.validate import check
-from domainshift.sweep import cluster, command
+from domainshift.sweep import cluster, command, sweeping
 from small_suites import small
 from stand_in_worker import Stand
 
@@ -47,7 +47,7 @@ def test_a_killed_node_loses_nothing_and_nothing_is_made_twice(
                 nodes.remove_node(mortal, allow_graceful=False)
             return ended
 
-    monkeypatch.setattr(command, "Cluster", Dying)
+    monkeypatch.setattr(sweeping, "Cluster", Dying)
     words = ["--ray-address", nodes.address]
     assert stand.main(*words) == 1  # because of the one that fails by itself
     assert stand.done == {*stand.names} - {bad}
@@ -62,7 +62,7 @@ def test_a_killed_node_loses_nothing_and_nothing_is_made_twice(
 
     before = stand.started
     stand.tell("fail", None, bad)
-    monkeypatch.setattr(command, "Cluster", cluster.Cluster)
+    monkeypatch.setattr(sweeping, "Cluster", cluster.Cluster)
     assert stand.main(*words) == 0
     assert stand.done == set(stand.names)
     assert stand.started - before == Counter([bad])  # nothing that is finished, and no other

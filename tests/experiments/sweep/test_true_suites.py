@@ -235,7 +235,7 @@ def test_a_test_that_is_half_written_is_made_again(copy, whole):
 
 def test_records_that_fail_the_audit_are_failures(whole, tmp_path, monkeypatch, capsys):
     """A training that just ended is checked in full; one that ended earlier is for the audit."""
-    monkeypatch.setattr("domainshift.sweep.command.check", lambda _: ["a rule is broken"])
+    monkeypatch.setattr("domainshift.sweep.sweeping.check", lambda _: ["a rule is broken"])
     arguments = [small(tmp_path, **TRUE), "--out", str(tmp_path / "out"), "--only", "da"]
     assert main(arguments) == 1
     assert f"{DA}  FAILED: a rule is broken" in capsys.readouterr().out
