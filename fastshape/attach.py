@@ -264,6 +264,13 @@ class Attachment:
     The arguments of `attach` that may be set between two forwards are checked as there, and obeyed from the next forward on:
     p_zero, unit, binarize, gradient, at_eval, record_mode, to_mask, once, check_finite, generator. So are `stream` and
     `first_sample`. Everything else is fixed.
+
+    Example:
+        >>> with fastshape.attach(model, [1], p_zero=0.5) as shaping:
+        ...     shaping.p_zero = 0.7
+        ...     output = model(images)
+        >>> shaping.fired
+        {'conv1': 1}
     """
 
     _p_zero: dict[str, float]
@@ -821,6 +828,13 @@ class Masks(MutableMapping):
     - Assigning takes a `BitMask`, a bool tensor that broadcasts to the layer's output, or a list of them. It stays, and comes
       before what is recorded and drawn, until it is replaced or deleted.
     - Deleting removes an assigned mask.
+
+    Example:
+        >>> shaping = fastshape.attach(model, [1], mode="target")
+        >>> shaping.record(images)
+        >>> shaping.masks[1].shape
+        torch.Size([2, 64, 32, 32])
+        >>> shaping.masks["conv1"] = ~shaping.masks[1]
     """
 
     def __init__(self, attachment: Attachment):
@@ -1124,13 +1138,27 @@ def _warn_of_others(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def attachments(model: nn.Module) -> list[Attachment]:
-    """The attachments of `model`. Use it to get the attachments of a copied or unpickled model."""
+    """The attachments of `model`. Use it to get the attachments of a copied or unpickled model.
+
+    Example:
+        >>> import copy
+        >>> shaping = fastshape.attach(model, [1], p_zero=0.5)
+        >>> [each.names for each in fastshape.attachments(copy.deepcopy(model))]
+        [('conv1',)]
+    """
     hooks = model._forward_pre_hooks.values()
     owners = (getattr(hook, "__self__", None) for hook in hooks)
     return [owner for owner in owners if isinstance(owner, Attachment)]
 
 
 def detach(model: nn.Module) -> None:
-    """Remove every attachment of `model`, as from a copy of an attached model."""
+    """Remove every attachment of `model`, as from a copy of an attached model.
+
+    Example:
+        >>> shaping = fastshape.attach(model, [1], p_zero=0.5)
+        >>> fastshape.detach(model)
+        >>> fastshape.attachments(model)
+        []
+    """
     for attachment in attachments(model):
         attachment.remove()

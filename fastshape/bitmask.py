@@ -35,6 +35,13 @@ class BitMask:
             numbered.
 
     Save with ``torch.save`` and load with ``torch.load(..., weights_only=True)``.
+
+    Example:
+        >>> mask = fastshape.BitMask.from_tensor(torch.tensor([1.5, -0.3, 0.2]))
+        >>> mask.to_bool()
+        tensor([ True, False,  True])
+        >>> mask.bits
+        tensor([5], dtype=torch.uint8)
     """
 
     __slots__ = ("bits", "memory_format", "shape")

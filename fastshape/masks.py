@@ -41,6 +41,10 @@ class top_k:
 
     Raises:
         ValueError: fraction or by is not allowed.
+
+    Example:
+        >>> fastshape.top_k(0.25, by="sample")(torch.tensor([[3.0, 1.0, 4.0, 2.0]])).to_bool()
+        tensor([[False, False,  True, False]])
     """
 
     fraction: float
@@ -87,6 +91,12 @@ def random_blocks(
     Raises:
         ValueError, TypeError: p_zero or rng_state is not valid, the shape has fewer than two dimensions, or side is not a
             whole number from 1.
+
+    Example:
+        >>> mask = fastshape.random_blocks((2, 3, 4, 4), 0.5, None, rng_state=fastshape.rng_state(0))
+        >>> channel = mask.to_bool()[0, 0]
+        >>> bool(channel.all() or not channel.any())
+        True
     """
     if len(shape) < 2:
         raise ValueError(f"shape {tuple(shape)}: must be (N, C, ...)")
@@ -113,6 +123,11 @@ def majority(masks: Sequence[BitMask]) -> BitMask:
 
     Raises:
         ValueError: there is none, or they differ in shape.
+
+    Example:
+        >>> a, b, c = (torch.tensor(m) > 0 for m in ([1, 1, 0], [1, 0, 0], [1, 1, 1]))
+        >>> fastshape.majority([fastshape.BitMask.from_bool(m) for m in (a, b, c)]).to_bool()
+        tensor([ True,  True, False])
     """
     masks = list(masks)
     if not masks:

@@ -37,6 +37,10 @@ def rng_state(
     Raises:
         TypeError: seed is not an int.
         ValueError: seed and generator are both given, or seed does not fit 64 bits.
+
+    Example:
+        >>> fastshape.rng_state(7)
+        tensor([7, 0])
     """
     if seed is None:
         # One draw for both numbers: on a GPU this takes one launch and no copy from the host.

@@ -146,6 +146,10 @@ def backend_info() -> dict:
         ``other_devices``, the backend of each; ``reasons``, the reason for each backend, by the same names; ``reason``, the
         reason for the CPU's; ``native``, ``native_cuda`` and ``triton``, their build facts or the error that prevents their
         use; ``torch``, its version; and ``threads``, the number of CPU threads.
+
+    Example:
+        >>> fastshape.backend_info()["cpu"] in ("native", "reference")
+        True
     """
     return {
         "requested": _requested,
