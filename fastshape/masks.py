@@ -110,8 +110,11 @@ def random_blocks(
     mask = BitMask.random(drawn, p_zero, rng_state=rng_state, device=device).to_bool()[
         first_sample:
     ]
-    for dim, s in enumerate(sides, 2):
-        mask = mask.repeat_interleave(s, dim).narrow(dim, 0, shape[dim])
+    # From the last dimension to the first, so that the later copies are of whole rows.
+    for dim, (s, size) in reversed(list(enumerate(zip(sides, shape[2:], strict=True), 2))):
+        before, after = mask.shape[: dim + 1], mask.shape[dim + 1 :]
+        mask = mask.unsqueeze(dim + 1).expand(*before, s, *after).flatten(dim, dim + 1)
+        mask = mask.narrow(dim, 0, size)
     return BitMask.from_bool(mask)
 
 
