@@ -56,7 +56,7 @@ class _Stop(BaseException):
 # ---- one layer ----
 
 _NO_TORCHSCRIPT = (
-    "torch.jit cannot keep an attachment: use torch.export, or call attachment.remove() first"
+    "torch.jit cannot keep an attachment: use torch.export, or call fastshape.detach(model) first"
 )
 
 
@@ -514,6 +514,9 @@ class Attachment:
 
     def __exit__(self, *exception) -> None:
         self.remove()
+
+    def __copy__(self) -> Attachment:
+        raise TypeError("an attachment belongs to its model: copy the model, with copy.deepcopy")
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_forward"}
@@ -1152,7 +1155,9 @@ def attachments(model: nn.Module) -> list[Attachment]:
 
 
 def detach(model: nn.Module) -> None:
-    """Remove every attachment of `model`, as from a copy of an attached model.
+    """Remove every attachment of `model`, as from a copy of an attached model or of a part of one.
+
+    A copied part is not shaped, but keeps hooks that do nothing. They go too.
 
     Example:
         >>> shaping = fastshape.attach(model, [1], p_zero=0.5)
@@ -1162,3 +1167,7 @@ def detach(model: nn.Module) -> None:
     """
     for attachment in attachments(model):
         attachment.remove()
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, _Layer) and hook.attachment is None:
+                del module._forward_hooks[key]

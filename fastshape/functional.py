@@ -173,7 +173,8 @@ def shape(
 
     Returns:
         Tensor of x's shape and dtype, also under autocast: a convolution's bfloat16 map stays bfloat16, where
-        ``(x > 0).float()`` makes it float32. ``shape(x.float())`` gives float32. With `inplace` it is x itself or, for gradient ``"zero"``, a detached alias of x.
+        ``(x > 0).float()`` makes it float32. ``shape(x.float())`` gives float32. With `inplace` it is x itself or, for
+        gradient ``"zero"``, a detached alias of x.
 
     Raises:
         TypeError: the dtype cannot be shaped; mask, p_zero or rng_state has a wrong type.

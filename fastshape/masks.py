@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .bitmask import BitMask
+from .bitmask import _INDEX_DTYPES, _MASK_DTYPES, BitMask
 from .rng import rng_state as new_rng_state
 
 
@@ -41,6 +41,7 @@ class top_k:
 
     Raises:
         ValueError: fraction or by is not allowed.
+        TypeError, when it is called: the map is not dense, or its dtype is complex or of 8-bit floats.
 
     Example:
         >>> fastshape.top_k(0.25, by="sample")(torch.tensor([[3.0, 1.0, 4.0, 2.0]])).to_bool()
@@ -57,6 +58,9 @@ class top_k:
             raise ValueError(f"by={self.by!r}: allowed are sample, channel")
 
     def __call__(self, x: Tensor) -> BitMask:
+        if x.layout != torch.strided or x.dtype not in (*_MASK_DTYPES, *_INDEX_DTYPES):
+            allowed = "float16, bfloat16, float32, float64, bool and integers of up to 64 bits"
+            raise TypeError(f"x: {x.dtype}, {x.layout}: must be dense, and of {allowed}")
         x = x.detach().contiguous()
         row = x.flatten(2 if self.by == "channel" else 1).shape[-1]
         if x.numel() == 0:

@@ -12,6 +12,7 @@ says so. With one process, nothing here communicates.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -36,7 +37,7 @@ class Lost(Failure):
 def launched() -> bool:
     """Whether torchrun started this process, as one of several."""
     # torchelastic's own variable too: a cluster may leave a WORLD_SIZE of something else behind
-    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def join() -> None:
@@ -62,12 +63,9 @@ def leave() -> None:
 
 def size() -> int:
     """The number of processes that share this run."""
-    if not launched():
-        return 1
-    import torch
-
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if joined else 1
+    dist = sys.modules.get("torch.distributed")  # where nothing imported it, there is no group
+    joined = dist is not None and dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if joined else 1
 
 
 def rank() -> int:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import exact_updates
 import pytest
@@ -14,6 +15,7 @@ from domainshift.errors import ConfigError
 from domainshift.methods import Method
 from torch import nn
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -111,6 +113,41 @@ def test_one_process_has_everything():
     with distributed.unaveraged(loss):
         assert not isinstance(loss, nn.Module)
     assert distributed.caveats("cpu") == []
+
+
+def test_a_group_that_another_launcher_made_counts(tmp_path, monkeypatch):
+    """Its processes are those of the run, whatever started them."""
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    code = """
+import sys
+import torch
+from domainshift import distributed
+file, rank = sys.argv[1:]
+torch.distributed.init_process_group("gloo", f"file://{file}", world_size=2, rank=int(rank))
+print(distributed.size(), distributed.rank())
+distributed.leave()
+"""
+    path = {"PYTHONPATH": str(EXPERIMENTS)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "group"), str(rank)],
+            env=os.environ | path,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0].split() for process in processes] == [
+        ["2", "0"],
+        ["2", "1"],
+    ]
+
+
+def test_a_variable_of_torchrun_alone_is_one_process(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not distributed.launched() and distributed.size() == 1
 
 
 # --- BatchNorm ---

@@ -89,9 +89,10 @@ def test_refuses_a_map_that_is_not_contiguous(pack_top):
 
 
 def test_the_kernel_refuses_integers(kernels):
-    if fastshape.backend_info()["cpu"] == "native":
-        with pytest.raises(RuntimeError, match="float16, bfloat16, float32 and float64"):
-            ops.pack_top(torch.arange(4), 4, 1)
+    if fastshape.backend_info()["cpu"] != "native":
+        pytest.skip("the kernels are not in use")
+    with pytest.raises(RuntimeError, match="float16, bfloat16, float32 and float64"):
+        ops.pack_top(torch.arange(4), 4, 1)
 
 
 def test_a_map_without_elements():

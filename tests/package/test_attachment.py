@@ -620,7 +620,7 @@ def test_annealing_does_not_compile_again(method):
 @pytest.mark.parametrize("compiler", (lambda model: torch.jit.trace(model, x), torch.jit.script))
 @pytest.mark.parametrize("method", METHODS)
 def test_torchscript_is_refused_by_name(method, compiler):
-    words = r"torch.jit cannot keep an attachment: use torch.export, or call attachment.remove\(\) first"
+    words = r"torch.jit cannot keep an attachment: use torch.export, or call fastshape.detach\(model\) first"
     with attach(net(), 1, p_zero=0.5, method=method) as attachment:
         with pytest.raises((RuntimeError, AttributeError), match=words):
             compiler(attachment.model)
@@ -781,6 +781,18 @@ def test_a_copy_may_hold_a_part_before_the_whole(method, copied_by):
         assert torch.equal(part(x), nn.functional.conv2d(x, part.weight, part.bias))
         with attach(nn.Sequential(part), 1, p_zero=0.5):
             assert len(part._forward_hooks) == 1
+        fastshape.detach(part)
+        assert not part._forward_hooks
+        assert torch.equal(torch.jit.script(part)(x), part(x))
+
+
+def test_an_attachment_alone_cannot_be_copied():
+    model = net()
+    with attach(model, 1, p_zero=0.5) as attachment:
+        with pytest.raises(TypeError, match="copy the model, with copy.deepcopy"):
+            copy.copy(attachment)
+        attachment.binarize, attachment.p_zero = False, 0.0
+        assert torch.equal(model[0](x), nn.functional.conv2d(x, model[0].weight, model[0].bias))
 
 
 def test_tracing_puts_back_what_code_sets_on_its_class():

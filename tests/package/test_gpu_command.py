@@ -528,7 +528,7 @@ def test_tests_under_the_sanitizer_cover_every_dtype_format_and_mask():
     ours = {name for name, _ in names}
     assert ours == {
         "test_ops_equal_the_reference", "test_pack_and_unpack_equal_the_reference",
-        "test_pack_random_equals_the_reference", "test_forward", "test_backward",
+        "test_pack_random_equals_the_reference", "test_pack_top_equals_the_reference", "test_forward", "test_backward",
     }  # fmt: skip
 
 

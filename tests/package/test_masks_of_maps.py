@@ -57,6 +57,19 @@ def test_top_k_equals_a_stable_sort(by, dtype):
         assert top_k(0.3, by)(x.requires_grad_()) == mask
 
 
+@pytest.mark.parametrize(
+    "x",
+    (
+        torch.zeros(1, 2, dtype=torch.complex64),
+        torch.zeros(1, 2).to(torch.float8_e5m2),
+        torch.zeros(1, 2).to_sparse(),
+    ),
+)
+def test_maps_that_top_k_refuses(x):
+    with pytest.raises(TypeError, match="x: .*must be dense, and of float16"):
+        fastshape.top_k(0.5, by="sample")(x)
+
+
 def test_top_k_of_a_map_without_elements():
     for shape in ((0, 3, 4, 4), (2, 3, 0, 4)):
         assert top_k(0.5)(torch.empty(shape)).shape == shape

@@ -6,7 +6,6 @@ A method of your own is one class in one file, for `--method-file my_method.py -
 
     from domainshift.config import Probability, Switches, switch
     from domainshift.methods import Method
-    from torch.nn import functional as F
 
 
     class SmoothOptions(Switches):
@@ -19,13 +18,15 @@ A method of your own is one class in one file, for `--method-file my_method.py -
         Options = SmoothOptions
 
         def loss(self, images, labels, target_images):
+            from torch.nn import functional as F
+
             logits = self.model(images)
             smoothing = self.config.options.smoothing
             return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits
 
 A method that trains on target images too states `uses_target = True` and derives its options from
 `TargetOptions`. To make a method part of the project, add its file to this folder and its class to
-the registry below.
+the registry below. torch is imported inside functions, because --help reads the methods without it.
 '''
 
 from __future__ import annotations
