@@ -19,6 +19,7 @@ def tour():
 
 @pytest.mark.slow
 def test_the_tour_runs_and_shows_what_it_says(tour, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several threads wait long for a busy core
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     done = nbclient.NotebookClient(
