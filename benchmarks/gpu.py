@@ -283,10 +283,10 @@ def sanitize(limit: float, add: Callable[[dict], None]) -> dict:
             outcome = run(command, (end - time.monotonic()) / left, records.append, **own)
             text = log.read_text(errors="replace") if log.is_file() else ""
         counts = {name: count for name, count in summary(records).items() if count}
-        found = read_sanitizer(text)
-        if outcome["state"] == "done" and (found["errors"] is None or "passed" not in counts):
+        log_counts = read_sanitizer(text)
+        if outcome["state"] == "done" and (log_counts["errors"] is None or "passed" not in counts):
             outcome["state"] = "failed"
-        add({"kind": "sanitizer", "tool": check, **outcome, "tests": counts, **found})
+        add({"kind": "sanitizer", "tool": check, **outcome, "tests": counts, **log_counts})
         states.append(outcome["state"])
     worst = next((state for state in ("failed", "cut") if state in states), "done")
     return {"state": worst, "reason": ", ".join(map("{} {}".format, CHECKS, states))}

@@ -66,11 +66,11 @@ __device__ Cut<typename Number::Bits> cut_of(const typename Number::Bits* x, int
     for (unsigned bin = lane; bin < kBins; bin += kLanes) space.bins[bin] = 0;
     __syncwarp();
     // Two shifts, because one by all bits of a number is not defined.
-    const auto found = static_cast<Unsigned>(prefix >> shift >> (kDigitBits - 1) >> 1);
+    const auto known = static_cast<Unsigned>(prefix >> shift >> (kDigitBits - 1) >> 1);
 #pragma unroll 4
     for (int64_t i = lane; i < row; i += kLanes) {
       const auto digits = static_cast<Unsigned>(unsigned_key<Number>(x[i]) >> shift);
-      if (static_cast<Unsigned>(digits >> (kDigitBits - 1) >> 1) == found)
+      if (static_cast<Unsigned>(digits >> (kDigitBits - 1) >> 1) == known)
         atomicAdd(&space.bins[static_cast<unsigned>(digits) % kBins], 1u);
     }
     __syncwarp();

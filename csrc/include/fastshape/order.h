@@ -21,7 +21,7 @@ constexpr typename Number::Bits kLowestKey = -Number::kInfinity;
 template <class Number>
 constexpr typename Number::Bits kHighestKey = kMagnitude<typename Number::Bits>;
 
-// Which elements of a row are kept: those with a key above `key`, and the first `ties` of those with this key.
+// Which elements of a row are kept: those with a key above `key`, and the first `ties` elements whose key equals it.
 template <class Key>
 struct Cut {
   Key key;
